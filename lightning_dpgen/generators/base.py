@@ -1,0 +1,111 @@
+"""What every private generator is to the rest of the package."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_dpgen._compat import pl
+from lightning_dpgen.privacy.mechanism import GaussianMechanism
+from lightning_dpgen.privacy.plan import PrivacyPlan
+from lightning_dpgen.strategies import DPStrategy
+
+
+class PrivateGenerator(pl.LightningModule):
+    """A LightningModule that learns to generate labelled images under differential privacy.
+
+    A subclass fills in :meth:`build`, :meth:`configure_privacy`, :meth:`sample` and ``training_step``.
+
+    Args:
+        num_classes: Number of classes; taken from the data module's declaration if not given.
+        image_shape: ``(C, H, W)``; likewise.
+
+    Attributes:
+        mechanism: The one way out for what is computed from records; set by the strategy before ``on_fit_start``.
+
+    Privacy:
+        ``num_classes`` and ``image_shape`` are declared by a person, never read from the records.
+    """
+
+    mechanism: GaussianMechanism
+
+    def __init__(self, num_classes: int | None = None, image_shape: tuple[int, int, int] | None = None) -> None:
+        super().__init__()
+        self.num_classes = num_classes or 0
+        self.image_shape = (0, 0, 0) if image_shape is None else (image_shape[0], image_shape[1], image_shape[2])
+
+    @property
+    def is_built(self) -> bool:
+        """Whether classes and shape are known and the parameters exist."""
+        return self.num_classes > 0 and self.image_shape[0] > 0
+
+    def build(self) -> None:
+        """Creates the parameters from ``num_classes`` and ``image_shape``."""
+        raise NotImplementedError
+
+    def configure_privacy(self, records: int, steps: int, batch_size: int) -> PrivacyPlan:
+        """States what training will release.
+
+        Args:
+            records: Number of records N.
+            steps: Trainer steps.
+            batch_size: The loader's batch size.
+        """
+        raise NotImplementedError
+
+    def sample(self, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Synthetic images for ``labels``.
+
+        Args:
+            labels: Class indices ``[N]``.
+            generator: Source of randomness, for generators that have any.
+
+        Returns:
+            ``[N, C, H, W]`` in [0, 1].
+
+        Privacy:
+            Post-processing of what was released.
+        """
+        raise NotImplementedError
+
+    def release_labels(self) -> Tensor:
+        """The labels ``[N]`` of the set that a release publishes: 1,000 a class, unless a subclass says otherwise."""
+        return torch.arange(self.num_classes).repeat_interleave(1000)
+
+    def public_state(self) -> dict[str, Tensor]:
+        """The parameters and buffers that may be published."""
+        raise NotImplementedError
+
+    def knobs(self) -> dict[str, dict[str, Any]]:
+        """Every setting that shaped the result, with where its value came from: ``{name: {"value": …, "origin": …}}``."""
+        return {}
+
+    def setup(self, stage: str) -> None:
+        """Checks the strategy, takes classes and shape from the data module, builds the parameters.
+
+        Raises:
+            ValueError: If the strategy is not private, or classes and shape are not known or contradict the data.
+        """
+        if stage == "fit" and not isinstance(self.trainer.strategy, DPStrategy):
+            raise ValueError(
+                f"{type(self).__name__} trains on private records and needs the private strategy; the Trainer has "
+                f"{type(self.trainer.strategy).__name__}. Add this argument:\n\n"
+                "    Trainer(strategy=lightning_dpgen.DPStrategy(epsilon=10, delta=1e-5), …)\n"
+            )
+        data = getattr(self.trainer, "datamodule", None)
+        declared = (getattr(data, "num_classes", None), getattr(data, "image_shape", None))
+        if not self.is_built:
+            classes, shape = self.num_classes or declared[0], declared[1] if self.image_shape[0] == 0 else self.image_shape
+            if not classes or shape is None:
+                raise ValueError(
+                    f"{type(self).__name__} does not know its classes and image shape: use one of lightning_dpgen.data's data modules, "
+                    "or give num_classes=… and image_shape=(C, H, W)."
+                )
+            self.num_classes, self.image_shape = int(classes), (int(shape[0]), int(shape[1]), int(shape[2]))
+            self._hparams.update(num_classes=self.num_classes, image_shape=self.image_shape)
+            self.build()
+        for name, mine, theirs in zip(("num_classes", "image_shape"), (self.num_classes, self.image_shape), declared, strict=True):
+            if theirs is not None and mine != (tuple(theirs) if isinstance(theirs, (tuple, list)) else theirs):
+                raise ValueError(f"{type(self).__name__} has {name}={mine}, the data module declares {theirs}. Make them equal.")

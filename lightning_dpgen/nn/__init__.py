@@ -1,0 +1,1 @@
+"""Networks: the six classifiers of the evaluation."""

@@ -1,0 +1,205 @@
+"""ε from events, and noise from a budget.
+
+The claim is composed from privacy-loss distributions (PLD); Rényi DP (RDP) is the second opinion that every certificate
+shows beside it, and the claim where a PLD grid would not fit in memory or δ lies below its truncation.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from dp_accounting import NeighboringRelation
+from dp_accounting.pld import privacy_loss_distribution as pld
+from dp_accounting.rdp import RdpAccountant
+
+from lightning_dpgen._validate import between
+from lightning_dpgen.privacy.budget import PrivacyBudget
+from lightning_dpgen.privacy.plan import DominatingPair, PrivacyPlan, Relation, ReleaseEvent
+
+GRID = 1e-4
+"""Width of a cell of the privacy-loss grid."""
+MAX_CELLS = 1e7
+"""Above this many cells the claim is RDP."""
+MIN_DELTA = 1e-12
+"""Below this δ the library's truncated tails would dominate, and the claim is RDP."""
+
+_PairCounts = tuple[tuple[DominatingPair, int], ...]
+
+
+@dataclass(frozen=True)
+class Epsilon:
+    """An ε with the accountant that proves it.
+
+    Args:
+        value: The claimed ε.
+        accountant: ``"PLD"`` or ``"RDP"``.
+        rdp: ε by the second accountant; ``inf`` where it has no finite answer.
+    """
+
+    value: float
+    accountant: str
+    rdp: float
+
+
+def epsilon(
+    events: Iterable[tuple[ReleaseEvent, int]], delta: float, relation: Relation = Relation.ZERO_OUT
+) -> Epsilon:
+    """ε at ``delta`` of the composition of ``events`` under one relation.
+
+    Args:
+        events: Release events with how often each happened.
+        delta: 0 < δ < 1.
+        relation: The neighbouring relation; every event must have a dominating pair for it.
+
+    Privacy:
+        Composes privacy-loss distributions and never adds ε values. Pessimistic: the true ε is not above the figure.
+
+    Raises:
+        ValueError: If δ is out of range or an event has no pair for ``relation``.
+    """
+    between("delta", delta, 0, 1)
+    counts: Counter[DominatingPair] = Counter()
+    for event, count in events:
+        counts[event.pair(relation)] += count
+    pairs = tuple(sorted(((p, c) for p, c in counts.items() if c), key=repr))
+    return _epsilon(pairs, delta)
+
+
+@functools.lru_cache(maxsize=4096)
+def _epsilon(pairs: _PairCounts, delta: float, grid: float = GRID) -> Epsilon:
+    if not pairs:
+        return Epsilon(0.0, "PLD", 0.0)
+    if any(pair.noise_multiplier == 0 for pair, _ in pairs):
+        return Epsilon(math.inf, "PLD", math.inf)
+    rdp = _rdp_epsilon(pairs, delta)
+    if delta >= MIN_DELTA and _width(pairs) / grid <= MAX_CELLS:
+        composed = functools.reduce(lambda a, b: a.compose(b), [_pld(pair, count, grid) for pair, count in pairs])
+        value = max(0.0, float(composed.get_epsilon_for_delta(delta)))
+        if math.isfinite(value):
+            return Epsilon(value, "PLD", rdp)
+    return Epsilon(rdp, "RDP", rdp)
+
+
+def _pld(pair: DominatingPair, count: int, grid: float) -> pld.PrivacyLossDistribution:
+    unsampled = pair.sampling_probability == 1
+    distribution = pld.from_gaussian_mechanism(
+        standard_deviation=pair.noise_multiplier / (math.sqrt(count) if unsampled else 1.0),
+        value_discretization_interval=grid,
+        sampling_prob=pair.sampling_probability,
+        neighboring_relation=pair.library_relation,
+    )
+    return distribution if unsampled or count == 1 else distribution.self_compose(count)
+
+
+def _rdp_pair(pair: DominatingPair) -> DominatingPair:
+    # The library has no RDP of a sampled Gaussian under replace-one; the unsampled one of sensitivity 2 bounds it.
+    if pair.library_relation is NeighboringRelation.REPLACE_ONE:
+        return replace(_halved(pair), sampling_probability=1.0)
+    return pair
+
+
+def _rdp_epsilon(pairs: _PairCounts, delta: float) -> float:
+    accountant = RdpAccountant(neighboring_relation=NeighboringRelation.REPLACE_SPECIAL)
+    library_log = logging.getLogger("absl")  # warns of every order that it leaves out, which only loosens the bound
+    level = library_log.level
+    library_log.setLevel(logging.ERROR)
+    try:
+        for pair, count in pairs:
+            accountant.compose(_rdp_pair(pair).event, count)
+        value = float(accountant.get_epsilon(delta))
+    except (OverflowError, FloatingPointError):
+        return math.inf
+    finally:
+        library_log.setLevel(level)
+    return max(0.0, value) if not math.isnan(value) else math.inf
+
+
+@functools.lru_cache(maxsize=4096)
+def _width(pairs: _PairCounts) -> float:
+    """Roughly the widest range of privacy losses in the composition: those of one release, or of all of them."""
+    # An estimate of size, not a claim: replace-one is taken as sensitivity 2 under sampling.
+    halved = tuple((_halved(pair), count) for pair, count in pairs)
+    single = 0.0
+    for pair, count in halved:
+        mu = (math.sqrt(count) if pair.sampling_probability == 1 else 1.0) / pair.noise_multiplier
+        single = max(single, mu * mu / 2 + 20 * mu)
+    return max(single, 2 * _rdp_epsilon(halved, 1e-15)) if single / GRID <= MAX_CELLS else single
+
+
+def _halved(pair: DominatingPair) -> DominatingPair:
+    if pair.library_relation is not NeighboringRelation.REPLACE_ONE:
+        return pair
+    return DominatingPair(NeighboringRelation.REPLACE_SPECIAL, pair.sampling_probability, pair.noise_multiplier / 2)
+
+
+def calibrate_noise_multiplier(plan: PrivacyPlan, budget: PrivacyBudget) -> float:
+    """The smallest noise multiplier, to within half a percent of ε, with which ``plan`` stays inside ``budget``.
+
+    Args:
+        plan: What will be released.
+        budget: The (ε, δ) not to pass, zero-out.
+
+    Returns:
+        Noise standard deviation ÷ clip norm, rounded up to six digits.
+
+    Privacy:
+        A function of public constants only. The result satisfies ``plan.epsilon(result, δ) <= ε`` by the claim's own
+        accountant, checked before it is returned.
+
+    Raises:
+        ValueError: If no noise below 10⁶ clip norms meets the budget.
+    """
+
+    def pairs(z: float) -> _PairCounts:
+        return tuple((event.pair(Relation.ZERO_OUT), count) for event, count in plan.events(z))
+
+    def by_rdp(z: float) -> float:
+        return _rdp_epsilon(pairs(z), budget.delta)
+
+    # The search reads a grid as coarse as the budget allows (a tenth of the time); the last word is the claim's own grid.
+    coarse = min(1e-3, max(GRID, budget.epsilon / 5000))
+
+    def searched(z: float) -> float:
+        return _epsilon(pairs(z), budget.delta, coarse).value
+
+    high = 1.0
+    while by_rdp(high) > budget.epsilon:
+        high *= 2
+        if high > 1e6:
+            raise ValueError(
+                f"no noise meets epsilon={budget.epsilon:g} at delta={budget.delta:g} for {plan.releases}: use fewer "
+                "releases or a larger budget."
+            )
+    low = high
+    while by_rdp(low) <= budget.epsilon and low > 1e-4:
+        low /= 2
+    while high / low > 1.01:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if by_rdp(middle) > budget.epsilon else (low, middle)
+
+    # RDP is never below PLD, so `high` is inside the budget. Tighten by PLD, false position in log-log coordinates.
+    inside, inside_epsilon = high, searched(high)
+    outside, outside_epsilon = high / 1.5, math.inf
+    for step in range(8):
+        if inside_epsilon >= 0.995 * budget.epsilon:
+            break
+        if math.isinf(outside_epsilon):
+            guess = inside * (inside_epsilon / budget.epsilon) ** (0.8 if step else 1.0)
+        else:
+            share = math.log(inside_epsilon / (0.9985 * budget.epsilon)) / math.log(inside_epsilon / outside_epsilon)
+            guess = inside * (outside / inside) ** share
+        guess_epsilon = searched(guess)
+        if guess_epsilon <= budget.epsilon:
+            inside, inside_epsilon = guess, guess_epsilon
+        else:
+            outside, outside_epsilon = guess, guess_epsilon
+    digits = 5 - math.floor(math.log10(inside))
+    rounded = math.ceil(inside * 10**digits) / 10**digits
+    while epsilon(plan.events(rounded), budget.delta).value > budget.epsilon:
+        rounded *= 1.001
+    return rounded

@@ -1,0 +1,188 @@
+"""The ledger: what was released, written down before it was released.
+
+A JSON-lines file that only grows. Each line carries the SHA-256 of the chain up to it, so an edit in the middle is seen;
+each line is on disk before the noise of its release is drawn, so a crash can only over-count.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import dp_accounting
+
+from lightning_dpgen.privacy.accounting import Epsilon, epsilon
+from lightning_dpgen.privacy.plan import Relation, ReleaseEvent, compose
+
+FORMAT = "lightning-dpgen-ledger/1"
+
+
+class LedgerError(RuntimeError):
+    """A ledger file that cannot be trusted, or that another process is writing."""
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _digest(previous: str, body: dict[str, Any]) -> str:
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    return _sha256((previous + text).encode())
+
+
+class PrivacyLedger:
+    """An append-only, durable record of every release of a run.
+
+    Args:
+        path: The JSON-lines file; created with its folder if it does not exist. ``None`` keeps the ledger in memory, for
+            tests and notebooks.
+
+    Attributes:
+        run_id: Names the run; written into checkpoints and certificates.
+        torn_lines: How many lines a crash had cut. Each is charged as one more release of the event before it.
+
+    Privacy:
+        Holds event parameters and counts only. :meth:`charge` returns after ``fsync``; the mechanism draws noise after that.
+
+    Raises:
+        LedgerError: If the file is damaged anywhere but in its last line.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+        self.path = None if path is None else Path(path)
+        self.run_id = uuid.uuid4().hex[:12] if self.path is None else self.path.stem
+        self.torn_lines = 0
+        self._counts: Counter[ReleaseEvent] = Counter()
+        self._chain = ""
+        self._size = 0
+        self._has_header = False
+        self._separator = b""
+        self._cut: bytes | None = None
+        if self.path is not None and self.path.exists():
+            self._read(self.path)
+
+    @property
+    def counts(self) -> dict[ReleaseEvent, int]:
+        """How often each release event happened, crashes counted as releases."""
+        return dict(self._counts)
+
+    def __len__(self) -> int:
+        """Number of releases."""
+        return sum(self._counts.values())
+
+    def count(self, name: str) -> int:
+        """Number of releases called ``name``."""
+        return sum(count for event, count in self._counts.items() if event.name == name)
+
+    def event(self, relation: Relation = Relation.ZERO_OUT) -> dp_accounting.DpEvent:
+        """Everything released so far as one ``dp_accounting`` event."""
+        return compose(list(self._counts.items()), relation)
+
+    def epsilon(self, delta: float, relation: Relation = Relation.ZERO_OUT) -> Epsilon:
+        """ε of everything released so far; 0 before the first release. Reading it changes nothing."""
+        return epsilon(self._counts.items(), delta, relation)
+
+    def charge(self, event: ReleaseEvent, count: int = 1, note: str = "") -> None:
+        """Records ``count`` releases of ``event`` and returns when they are on disk.
+
+        Args:
+            event: What is about to be released.
+            count: How many times.
+            note: Why, if not an ordinary release.
+
+        Raises:
+            LedgerError: If the file changed since this process last wrote it.
+        """
+        body: dict[str, Any] = {"type": "release", "event": event.to_dict(), "count": count}
+        if note:
+            body["note"] = note
+        self._append(body)
+        self._counts[event] += count
+
+    def merge(self, counts: dict[ReleaseEvent, int]) -> None:
+        """Raises each event's count to at least that of ``counts``: what a checkpoint knows and the file does not."""
+        for event, count in counts.items():
+            missing = count - self._counts[event]
+            if missing > 0:
+                self.charge(event, missing, note="known to a checkpoint, missing from the file")
+
+    def _append(self, body: dict[str, Any]) -> None:
+        if self.path is None:
+            return
+        lines = self._separator
+        if self._cut is not None:  # the line that a crash had cut stays, and the next one says so
+            lines += self._line({"type": "recovery", "cut": _sha256(self._cut), "charged": self.torn_lines})
+        if not self._has_header:
+            lines += self._line({"type": "header", "format": FORMAT, "run": self.run_id})
+        lines += self._line(body)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "ab") as file:
+            if file.tell() != self._size:
+                raise LedgerError(
+                    f"{self.path} is {file.tell()} bytes long where this run left it at {self._size}: another process is "
+                    "writing it. Stop that one, or give this run a ledger path of its own."
+                )
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
+            is_new, self._size = self._size == 0, file.tell()
+        if is_new and os.name == "posix":  # a new file is durable once its folder is
+            folder = os.open(self.path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+        self._cut, self._separator, self._has_header = None, b"", True
+
+    def _line(self, body: dict[str, Any]) -> bytes:
+        self._chain = _digest(self._chain, body)
+        return (json.dumps({**body, "chain": self._chain}, separators=(",", ":")) + "\n").encode()
+
+    def _read(self, path: Path) -> None:
+        data = path.read_bytes()
+        self._size = len(data)
+        self._separator = b"" if data.endswith(b"\n") or not data else b"\n"
+        lines = data.removesuffix(b"\n").split(b"\n") if data else []
+        last: ReleaseEvent | None = None
+        for number, line in enumerate(lines, start=1):
+            body = _parse(line)
+            if body is None:
+                following = _parse(lines[number]) if number < len(lines) else None
+                if number == len(lines):
+                    self._cut = line
+                elif following is None or following.get("cut") != _sha256(line):
+                    raise self._damaged(number, "is not a ledger entry")
+                self.torn_lines += 1
+                if last is not None:
+                    self._counts[last] += 1
+                continue
+            chain = body.pop("chain")
+            if _digest(self._chain, body) != chain:
+                raise self._damaged(number, "does not continue the chain of digests before it")
+            self._chain = chain
+            if body["type"] == "header":
+                if body.get("format") != FORMAT:
+                    raise self._damaged(number, f"is not a header of format {FORMAT}")
+                self._has_header, self.run_id = True, str(body["run"])
+            elif not self._has_header and body["type"] != "recovery":
+                raise self._damaged(number, "comes before the header")
+            elif body["type"] == "release":
+                last = ReleaseEvent.from_dict(body["event"])
+                self._counts[last] += int(body["count"])
+
+    def _damaged(self, number: int, what: str) -> LedgerError:
+        return LedgerError(
+            f"{self.path}, line {number} {what}: the file was changed after it was written, so what was spent is not known. "
+            "Restore it from a copy; a run on a new ledger must be composed with everything released under this one."
+        )
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        body = json.loads(line)
+    except ValueError:
+        return None
+    return body if isinstance(body, dict) and "type" in body and "chain" in body else None

@@ -1,0 +1,90 @@
+"""The one door: ``GaussianMechanism.release``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from lightning_dpgen._validate import non_negative
+from lightning_dpgen.privacy.clipping import ClippedSum, clipped_sum, tensors_of
+from lightning_dpgen.privacy.ledger import PrivacyLedger
+from lightning_dpgen.privacy.noise import SecretStream
+from lightning_dpgen.privacy.plan import PrivacyPlan
+
+
+class BudgetExhausted(RuntimeError):
+    """The next release would pass what the plan allows. Nothing was released and nothing charged."""
+
+
+class GaussianMechanism:
+    """Adds Gaussian noise to clipped sums and lets them out, each charged before its noise is drawn.
+
+    Args:
+        plan: The releases that are allowed, with their clip norms.
+        noise_multiplier: Noise standard deviation ÷ clip norm; each release's relative noise multiplies it.
+        ledger: Where releases are recorded.
+        stream: The SECRET stream that noise is drawn from.
+        capped: Whether the plan's counts are a hard cap (they are when a budget was given).
+
+    Privacy:
+        Relation, sensitivity and count are the plan's. What passes is the clipped sum plus N(0, (zC)²) on every number,
+        drawn and added in float64 and rounded once. In this order: check, ledger, noise, so that a crash over-counts.
+    """
+
+    def __init__(
+        self,
+        plan: PrivacyPlan,
+        noise_multiplier: float,
+        ledger: PrivacyLedger,
+        stream: SecretStream,
+        capped: bool = True,
+    ) -> None:
+        self.plan = plan
+        self.noise_multiplier = non_negative("noise_multiplier", noise_multiplier)
+        self.ledger = ledger
+        self.capped = capped
+        self._stream = stream
+        self._events = {release.name: plan.release_event(release.name, noise_multiplier) for release in plan.releases}
+
+    def remaining(self, name: str) -> int:
+        """How many releases called ``name`` the plan still allows, past runs under the same ledger counted."""
+        return self.plan.release(name).count - self.ledger.count(name)
+
+    def release(self, name: str, contribution: ClippedSum | Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Releases one noisy sum.
+
+        Args:
+            name: Which of the plan's releases this is.
+            contribution: A :class:`ClippedSum`, or the rows themselves (``[B, …]`` by name), which are clipped and summed.
+
+        Returns:
+            The noisy sum by name. Public from here on; divide it by a constant, never by the lot's size.
+
+        Privacy:
+            The only way out for anything computed from records. Happens for every lot, also an empty one.
+
+        Raises:
+            ValueError: If the plan has no release of that name, or with another clip norm.
+            BudgetExhausted: If the plan allows no more of them.
+        """
+        release = self.plan.release(name)
+        if not isinstance(contribution, ClippedSum):
+            contribution = clipped_sum(contribution, release.clip_norm)
+        if contribution.clip_norm != release.clip_norm:
+            raise ValueError(
+                f"release {name!r}: rows were clipped to {contribution.clip_norm}, the plan says {release.clip_norm}: the "
+                "noise would not fit. Take the clip norm from the plan."
+            )
+        if self.capped and self.remaining(name) < 1:
+            raise BudgetExhausted(
+                f"release {name!r}: all {release.count} planned releases are spent (ledger {self.ledger.run_id})."
+            )
+        event = self._events[name]
+        self.ledger.charge(event)
+        released = {}
+        for key, value in tensors_of(contribution).items():
+            noise = self._stream.normal(value.shape, event.noise_std, value.device)
+            wide = value.to(noise.device).double() + noise
+            released[key] = wide.to(value.dtype).to(value.device)
+        return released

@@ -1,0 +1,14 @@
+"""Lightning strategies that train under differential privacy."""
+
+from lightning_dpgen._compat import pl
+from lightning_dpgen.strategies.dp import DPStrategy
+
+REGISTERED = {"epsilon": 3.0, "delta": 1e-5}
+"""What ``Trainer(strategy="dpsgd")`` means; the log says so at every fit."""
+
+if "dpsgd" not in pl.strategies.StrategyRegistry:
+    pl.strategies.StrategyRegistry.register(
+        "dpsgd", DPStrategy, description="Differentially private training, epsilon=3, delta=1e-5", **REGISTERED
+    )
+
+__all__ = ["DPStrategy"]

@@ -1,0 +1,96 @@
+"""Rebuilds a user's ``DataLoader`` with the sampling that the plan is accounted for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sized
+from typing import Any, cast
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
+
+from lightning_dpgen.privacy.plan import FullPass, PoissonSampling, Sampling
+from lightning_dpgen.privacy.noise import SecretStream
+from lightning_dpgen.privacy.sampling import FullPassChunks, PoissonLots
+
+
+class EmptyAwareCollate:
+    """The user's collate function, which also gives an empty lot the structure and dtypes of a full one.
+
+    Args:
+        collate: The loader's own function.
+        dataset: Where the one record comes from whose structure an empty lot copies.
+    """
+
+    def __init__(self, collate: Callable[[Any], Any], dataset: Any) -> None:
+        self.collate = collate
+        self.dataset = dataset
+
+    def __call__(self, records: Any) -> Any:
+        if len(records):
+            return self.collate(records)
+        one = self.collate([self.dataset[0]])
+        return torch.utils._pytree.tree_map(_empty, one)
+
+
+def _empty(leaf: Any) -> Any:
+    return leaf[:0] if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf
+
+
+def check_loader(loader: object) -> DataLoader[Any]:
+    """Returns ``loader`` if its sampling can be replaced without changing what the user meant.
+
+    Raises:
+        ValueError: Says which loader is wanted instead.
+    """
+    wanted = "Give the Trainer a DataLoader(dataset, batch_size=B, shuffle=True); B becomes the expected lot size."
+    if not isinstance(loader, DataLoader):
+        raise ValueError(f"the training data is a {type(loader).__name__}, which cannot be Poisson-sampled. {wanted}")
+    if isinstance(loader.dataset, IterableDataset) or not isinstance(loader.dataset, Sized):
+        raise ValueError(f"an IterableDataset has no length and no index, so lots cannot be sampled from it. {wanted}")
+    if loader.batch_size is None:
+        raise ValueError(f"the DataLoader has a batch_sampler or batch_size=None, whose sampling would be replaced. {wanted}")
+    sampler = loader.sampler
+    plain = type(sampler) is SequentialSampler or (
+        type(sampler) is RandomSampler and not sampler.replacement and sampler._num_samples is None
+    )
+    if not plain:
+        raise ValueError(
+            f"the DataLoader's sampler is a {type(sampler).__name__} that decides which records are drawn; the accounting needs "
+            f"Poisson sampling. {wanted}"
+        )
+    if len(loader.dataset) == 0:
+        raise ValueError("the training data set holds no records.")
+    return loader
+
+
+def private_loader(loader: DataLoader[Any], sampling: Sampling, stream: SecretStream) -> DataLoader[Any]:
+    """``loader`` with the plan's sampling; as many lots in an epoch as it had batches.
+
+    Args:
+        loader: A loader that passed :func:`check_loader`.
+        sampling: Poisson lots, a full pass in chunks of the loader's batch size.
+        stream: The SECRET stream.
+
+    Privacy:
+        The sampler is the one that the plan is accounted for; lots may be empty and are never padded or dropped.
+    """
+    batch_sampler: Sampler[list[int]]
+    if isinstance(sampling, PoissonSampling):
+        batch_sampler = PoissonLots(sampling, len(loader), stream)
+    elif isinstance(sampling, FullPass):
+        batch_sampler = FullPassChunks(sampling, cast(int, loader.batch_size))
+    else:
+        raise ValueError(f"sampling {type(sampling).__name__} is not run by a training loader; its module keeps its own shards.")
+    options: dict[str, Any] = {
+        "num_workers": loader.num_workers,
+        "pin_memory": loader.pin_memory,
+        "timeout": loader.timeout,
+        "worker_init_fn": loader.worker_init_fn,
+        "multiprocessing_context": loader.multiprocessing_context,
+        "generator": loader.generator,
+        "persistent_workers": loader.persistent_workers,
+    }
+    if loader.num_workers:
+        options["prefetch_factor"] = loader.prefetch_factor
+    collate = EmptyAwareCollate(loader.collate_fn, loader.dataset)
+    return DataLoader(loader.dataset, batch_sampler=batch_sampler, collate_fn=collate, **options)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_dpgen._compat import pl
@@ -78,6 +82,10 @@ class PrivateGenerator(pl.LightningModule):
         """The parameters and buffers that may be published."""
         raise NotImplementedError
 
+    def load_public_state(self, state: dict[str, Tensor]) -> None:
+        """The inverse of :meth:`public_state`: what a release's generator is restored from."""
+        raise NotImplementedError
+
     def knobs(self) -> dict[str, dict[str, Any]]:
         """Every setting that shaped the result, with where its value came from: ``{name: {"value": …, "origin": …}}``."""
         return {}
@@ -109,3 +117,35 @@ class PrivateGenerator(pl.LightningModule):
         for name, mine, theirs in zip(("num_classes", "image_shape"), (self.num_classes, self.image_shape), declared, strict=True):
             if theirs is not None and mine != (tuple(theirs) if isinstance(theirs, (tuple, list)) else theirs):
                 raise ValueError(f"{type(self).__name__} has {name}={mine}, the data module declares {theirs}. Make them equal.")
+
+
+@contextmanager
+def looking_at(generator: PrivateGenerator) -> Iterator[None]:
+    """While sampling for a picture, an evaluation or a release: no gradient is kept, and mode flags and the public random
+    state are as before afterwards.
+    """
+    modes = [(child, child.training) for child in generator.modules()]
+    with torch.random.fork_rng(), torch.no_grad():
+        try:
+            yield
+        finally:
+            for child, training in modes:
+                child.training = training
+
+
+def as_generator(module: pl.LightningModule, user: object) -> PrivateGenerator:
+    """``module`` if it is a generator.
+
+    Raises:
+        ValueError: If it is not; names the callback that needs one.
+    """
+    if not isinstance(module, PrivateGenerator):
+        raise ValueError(f"{type(user).__name__} needs a PrivateGenerator; {type(module).__name__} is not one. Remove the callback.")
+    return module
+
+
+def to_bytes(images: Tensor) -> NDArray[np.uint8]:
+    """Images ``[N, C, H, W]`` in [0, 1] as uint8 ``[N, H, W]`` (one channel) or ``[N, H, W, C]``."""
+    pixels = (images * 255).round().to(torch.uint8)
+    array: NDArray[np.uint8] = (pixels[:, 0] if pixels.shape[1] == 1 else pixels.permute(0, 2, 3, 1)).numpy()
+    return array

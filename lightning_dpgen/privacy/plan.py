@@ -315,6 +315,14 @@ class PrivacyPlan:
             "releases": [asdict(release) for release in self.releases],
         }
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> PrivacyPlan:
+        """The inverse of :meth:`to_dict`."""
+        kinds: dict[str, type[Sampling]] = {kind.__name__: kind for kind in (PoissonSampling, FullPass, DisjointShards)}
+        sampling = dict(values["sampling"])
+        kind = kinds[sampling.pop("kind")]
+        return cls(kind(**sampling), tuple(Release(**release) for release in values["releases"]))
+
 
 def compose(events: list[tuple[ReleaseEvent, int]], relation: Relation = Relation.ZERO_OUT) -> dp_accounting.DpEvent:
     """Release events with their counts as one ``dp_accounting`` event."""

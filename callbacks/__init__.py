@@ -1,0 +1,8 @@
+"""Drop-in Lightning callbacks: privacy monitor, sample grid, TSTR, release writer."""
+
+from lightning_dpgen.callbacks.privacy_monitor import PrivacyMonitor
+from lightning_dpgen.callbacks.release_writer import ReleaseWriter
+from lightning_dpgen.callbacks.sample_grid import SampleGrid
+from lightning_dpgen.callbacks.tstr import TSTREvaluation
+
+__all__ = ["PrivacyMonitor", "ReleaseWriter", "SampleGrid", "TSTREvaluation"]

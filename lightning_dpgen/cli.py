@@ -1,0 +1,91 @@
+"""``dpgen``: fit, generate, evaluate, calibrate, verify."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from jsonargparse import auto_cli
+
+from lightning_dpgen import commands
+from lightning_dpgen._compat import pl, submodule
+from lightning_dpgen.privacy import BudgetExhausted, LedgerError
+
+USAGE = """usage: dpgen COMMAND [arguments]
+
+Synthetic images under differential privacy.
+
+  fit        train a generator or classifier: dpgen fit --config examples/configs/psg_fashion_mnist.yaml
+  evaluate   train classifiers on a release, test them on real records: dpgen evaluate release --data FashionMNIST
+  generate   write a release's generator's images in another number or form: dpgen generate release images --per_class 100
+  calibrate  epsilon, noise and steps as a table, without data: dpgen calibrate --records 60000 --batch_size 256 --steps 1000
+  verify     check a release against its certificate: dpgen verify release
+
+dpgen COMMAND --help lists a command's arguments; each may come from a YAML file with --config.
+"""
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "evaluate": commands.evaluate,
+    "generate": commands.generate,
+    "calibrate": commands.calibrate,
+    "verify": commands.verify,
+}
+
+
+def _fit(arguments: list[str]) -> None:
+    lightning_cli = submodule("cli").LightningCLI
+
+    class FitCLI(lightning_cli):  # type: ignore[misc, valid-type]
+        """LightningCLI with ``fit`` alone: what else there is to do with private records has commands of its own."""
+
+        @staticmethod
+        def subcommands() -> dict[str, set[str]]:
+            return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}}
+
+    for module in ("lightning_dpgen.callbacks", "lightning_dpgen.generators", "lightning_dpgen.data"):
+        importlib.import_module(module)  # so that short class names work
+    FitCLI(
+        pl.LightningModule,
+        pl.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={"fit": {"description": "Trains under differential privacy."}},
+        args=["fit", *arguments],
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line.
+
+    Args:
+        arguments: As after ``dpgen``; ``sys.argv`` if not given.
+
+    Returns:
+        0, or 1 with the reason on the error stream.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    command, *rest = arguments
+    try:
+        if command == "fit":
+            _fit(rest)
+        elif command in COMMANDS:
+            auto_cli(COMMANDS[command], args=rest, as_positional=True)
+        else:
+            print(f"dpgen: no command {command!r}; there are fit, {', '.join(COMMANDS)}.\n\n{USAGE}", file=sys.stderr)
+            return 2
+    except (ValueError, FileExistsError, BudgetExhausted, LedgerError) as error:
+        print(f"dpgen {command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+
+def run() -> None:
+    """Entry point of the console script."""
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""What the subcommands of ``dpgen`` other than ``fit`` do."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Literal
+
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from lightning_dpgen import generators
+from lightning_dpgen._validate import fail, positive_int
+from lightning_dpgen.data import DigitsDataModule, FashionMNISTDataModule, MNISTDataModule
+from lightning_dpgen.data.base import PrivateDataModule
+from lightning_dpgen.evaluation.tstr import print_table, tstr
+from lightning_dpgen.privacy.accounting import calibrate_noise_multiplier, epsilon
+from lightning_dpgen.privacy.budget import PrivacyBudget
+from lightning_dpgen.privacy.plan import PoissonSampling, PrivacyPlan, Relation, Release
+from lightning_dpgen.release.folder import load_release
+from lightning_dpgen.release.verify import verify_release
+
+
+def verify(release: str) -> None:
+    """Recomputes ε from a release's events and checks every file's digest.
+
+    Args:
+        release: The release folder.
+    """
+    certificate = verify_release(release)
+    claimed = certificate["claim"]
+    Console().print(
+        f"{release} holds: epsilon = {claimed['epsilon']:.4f} at delta = {claimed['delta']:g} ({claimed['relation']}, by "
+        f"{claimed['accountant']}, from the {claimed['basis']}); replace-one {certificate['replace_one']['epsilon']:.4f}; RDP "
+        f"{certificate['second_accountant']['epsilon']:.4f}. {len(certificate['files'])} files match their digests.\n"
+        "This checks that the folder is consistent with itself, not that the run was honest.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def calibrate(
+    records: int,
+    batch_size: int,
+    steps: list[int] | int,
+    epsilon: list[float] | float | None = None,
+    noise_multiplier: list[float] | float | None = None,
+    delta: float = 1e-5,
+) -> None:
+    """Prints ε, noise and steps as a table, for Poisson lots with one release each (DP-SGD, private set). Reads no data.
+
+    Args:
+        records: Number of records N.
+        batch_size: Expected lot size.
+        steps: Number of lots, or several numbers: [100,1000].
+        epsilon: Budgets to calibrate the noise for: 10 or [1,3,10]. Give these or noise_multiplier.
+        noise_multiplier: Noise ÷ clip norm to compute ε for, one or several.
+        delta: δ.
+    """
+    if (epsilon is None) == (noise_multiplier is None):
+        raise ValueError(f"epsilon={epsilon}, noise_multiplier={noise_multiplier}: give one of the two.")
+    table = Table(title=f"{records} records, expected lot {batch_size} (q = {batch_size / records:.5f}), delta = {delta:g}")
+    for heading in ("steps", "noise multiplier", "epsilon (PLD, zero-out)", "replace-one", "second accountant (RDP)", "noise / lot"):
+        table.add_column(heading, justify="right")
+    for count in steps if isinstance(steps, list) else [steps]:
+        plan = PrivacyPlan(PoissonSampling(records, batch_size), (Release("gradient_sum", 1.0, positive_int("steps", count)),))
+        if noise_multiplier is None:
+            budgets = epsilon if isinstance(epsilon, list) else [epsilon or 0.0]
+            noises = [calibrate_noise_multiplier(plan, PrivacyBudget(budget, delta)) for budget in budgets]
+        else:
+            noises = noise_multiplier if isinstance(noise_multiplier, list) else [noise_multiplier]
+        for noise in noises:
+            table.add_row(*_calibration_row(plan, count, noise, delta, batch_size))
+    Console().print(table)
+
+
+def _calibration_row(plan: PrivacyPlan, steps: int, noise: float, delta: float, batch_size: int) -> list[str]:
+    figure = epsilon(plan.events(noise), delta)
+    by_rdp_alone = "" if figure.accountant == "PLD" else f" ({figure.accountant})"
+    replace_one = plan.epsilon(noise, delta, Relation.REPLACE_ONE)
+    return [
+        str(steps),
+        f"{noise:.6g}",
+        f"{figure.value:.4f}{by_rdp_alone}",
+        f"{replace_one:.4f}",
+        f"{figure.rdp:.4f}",
+        f"{noise / batch_size:.2e} C",
+    ]
+
+
+DATA: dict[str, type[PrivateDataModule]] = {
+    "MNIST": MNISTDataModule,
+    "FashionMNIST": FashionMNISTDataModule,
+    "digits": DigitsDataModule,
+}
+
+
+def evaluate(
+    release: str,
+    data: Literal["MNIST", "FashionMNIST", "digits"],
+    root: str = "data",
+    protocol: str = "quick",
+    seeds: int = 3,
+    output: str | None = None,
+) -> None:
+    """Trains classifiers on a release and tests them on real test records (outside the guarantee).
+
+    Args:
+        release: The release folder.
+        data: Which real test records.
+        root: Their folder.
+        protocol: quick, common or published.
+        seeds: Trainings of each classifier.
+        output: Folder for the table as JSON and CSV; <release>-evaluation if not given.
+    """
+    loaded = load_release(release)
+    module = DATA[data]() if data == "digits" else DATA[data](root=root)  # type: ignore[call-arg]
+    names = loaded.class_names
+    if len(names) != module.num_classes:
+        raise ValueError(f"{release} has {len(names)} classes, {data} has {module.num_classes}: it is not a release of {data}.")
+    table = tstr(loaded.dataset().tensors(), module.real_test(), len(names), protocol, range(positive_int("seeds", seeds)))
+    print_table(table)
+    folder = Path(output or f"{str(release).rstrip('/')}-evaluation")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"tstr-{protocol}.json").write_text(json.dumps(table.to_dict(), indent=2) + "\n", encoding="utf-8")
+    with open(folder / f"tstr-{protocol}.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["classifier", "mean", "std", "seeds", *names])
+        for name in table.accuracy:
+            writer.writerow([name, table.mean(name), table.std(name), seeds, *table.per_class[name]])
+    Console().print(f"Written: {folder}", highlight=False, soft_wrap=True)
+
+
+def generate(release: str, output: str, per_class: int = 100, seed: int = 0, format: Literal["npz", "imagefolder"] = "imagefolder") -> None:
+    """Samples a release's generator: free post-processing, as often as you like.
+
+    Args:
+        release: The release folder.
+        output: A new folder (imagefolder: one folder a class), or a new .npz file.
+        per_class: Images a class.
+        seed: Seed of the sampling.
+        format: imagefolder or npz.
+    """
+    loaded = load_release(release)
+    target = Path(output)
+    if target.exists():
+        raise FileExistsError(f"{target} exists; give another path.")
+    stated = loaded.certificate["generator"]
+    kind = getattr(generators, stated["class"], None)
+    if not (isinstance(kind, type) and issubclass(kind, generators.PrivateGenerator)):
+        raise fail("release", release, f"made by one of this package's generators, not by {stated['class']}")
+    generator = kind(**stated["arguments"])
+    generator.load_public_state(loaded.parameters)
+    labels = torch.arange(generator.num_classes).repeat_interleave(positive_int("per_class", per_class))
+    with generators.looking_at(generator):
+        images = generator.sample(labels, torch.Generator().manual_seed(seed))
+    pixels = generators.to_bytes(images)
+    if format == "npz":
+        import numpy as np
+
+        target.parent.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(target.with_suffix(".npz"), images=pixels, labels=labels.numpy())
+        target = target.with_suffix(".npz")
+    else:
+        for number, (label, image) in enumerate(zip(labels.tolist(), pixels, strict=True)):
+            folder = target / loaded.class_names[label].replace("/", "-")
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{number:06d}.png")
+    Console().print(f"{len(labels)} images written: {target}", highlight=False, soft_wrap=True)

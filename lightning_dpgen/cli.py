@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentParser
 
 from lightning_dpgen import commands
 from lightning_dpgen._compat import pl, submodule
@@ -34,7 +35,28 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 }
 
 
-def _fit(arguments: list[str]) -> None:
+_POSITIONAL = ("release", "output")
+
+
+def _call(name: str, arguments: list[str]) -> None:
+    """Parses a command's arguments, from YAML or the command line, and calls it."""
+    function = COMMANDS[name]
+    required = {p.name for p in inspect.signature(function).parameters.values() if p.default is p.empty}
+    positional = [argument for argument in _POSITIONAL if argument in required]
+    parser = ArgumentParser(prog=f"dpgen {name}", description=(inspect.getdoc(function) or "").split("\n")[0])
+    parser.add_argument("--config", action="config", help="A YAML file with arguments.")
+    for argument in positional:
+        parser.add_argument(argument, type=str, help=_HELP[argument])
+    parser.add_function_arguments(function, skip=set(positional))
+    options = parser.parse_args(arguments)
+    del options["config"]
+    function(**parser.instantiate_classes(options))
+
+
+_HELP = {"release": "The release folder.", "output": "What to write; must not exist."}
+
+
+def _fit(arguments: list[str] | None) -> None:
     lightning_cli = submodule("cli").LightningCLI
 
     class FitCLI(lightning_cli):  # type: ignore[misc, valid-type]
@@ -53,7 +75,7 @@ def _fit(arguments: list[str]) -> None:
         subclass_mode_data=True,
         save_config_kwargs={"overwrite": True},
         parser_kwargs={"fit": {"description": "Trains under differential privacy."}},
-        args=["fit", *arguments],
+        args=None if arguments is None else ["fit", *arguments],
     )
 
 
@@ -66,16 +88,15 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         0, or 1 with the reason on the error stream.
     """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if not arguments or arguments[0] in ("-h", "--help"):
+    command, *rest = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command in ("-h", "--help"):
         print(USAGE)
         return 0
-    command, *rest = arguments
     try:
         if command == "fit":
-            _fit(rest)
+            _fit(None if arguments is None else rest)
         elif command in COMMANDS:
-            auto_cli(COMMANDS[command], args=rest, as_positional=True)
+            _call(command, rest)
         else:
             print(f"dpgen: no command {command!r}; there are fit, {', '.join(COMMANDS)}.\n\n{USAGE}", file=sys.stderr)
             return 2

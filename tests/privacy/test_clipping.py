@@ -1,0 +1,99 @@
+import pytest
+import torch
+from lightning_dpgen.nn.classifiers import ConvNet
+from lightning_dpgen.privacy.clipping import ClippedSum, clipped_gradient_sum, clipped_sum, per_record_gradients, row_norms, tensors_of
+from torch.func import functional_call
+from torch.nn import functional as F
+
+
+@pytest.fixture
+def problem(digits):
+    torch.manual_seed(0)
+    network = ConvNet(10, (1, 8, 8), width=4)
+    parameters = {name: value.detach() for name, value in network.named_parameters()}
+
+    def loss(values, image, label):
+        return F.cross_entropy(functional_call(network, values, (image[None],)), label[None])
+
+    def one_record(index):  # the oracle: autograd on a lot of one record
+        network.zero_grad()
+        F.cross_entropy(network(digits[0][index : index + 1]), digits[1][index : index + 1]).backward()
+        return {name: value.grad.clone() for name, value in network.named_parameters()}
+
+    return loss, parameters, one_record, (digits[0][:23], digits[1][:23])
+
+
+def oracle_sum(one_record, count, clip_norm):
+    total: dict[str, torch.Tensor] = {}
+    for index in range(count):
+        gradient = one_record(index)
+        norm = torch.sqrt(sum(value.square().sum() for value in gradient.values()))
+        for name, value in gradient.items():
+            total[name] = total.get(name, 0) + value * min(1.0, clip_norm / float(norm))
+    return total
+
+
+@pytest.mark.parametrize("clip_norm", [0.01, 5.0, 100.0])
+@pytest.mark.parametrize("chunk_size", [1, 7, 64])
+def test_the_sum_is_that_of_a_loop_over_records(problem, clip_norm, chunk_size):
+    loss, parameters, one_record, records = problem
+    total = tensors_of(clipped_gradient_sum(loss, parameters, records, clip_norm, chunk_size))
+    expected = oracle_sum(one_record, 23, clip_norm)
+    for name, value in expected.items():
+        torch.testing.assert_close(total[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_rows_are_those_of_each_record(problem):
+    loss, parameters, one_record, records = problem
+    rows = per_record_gradients(loss, parameters, records)
+    for name, value in one_record(5).items():
+        torch.testing.assert_close(rows[name][5], value, atol=1e-5, rtol=1e-4)
+
+
+def test_no_record_moves_the_sum_by_more_than_the_clip_norm(problem):
+    loss, parameters, _, (images, labels) = problem
+    adversarial = [images[:1] * 1e4, -images[:1] * 1e4, torch.zeros_like(images[:1]), torch.full_like(images[:1], float("nan"))]
+    base = tensors_of(clipped_gradient_sum(loss, parameters, (images, labels), 0.1))
+    for record in adversarial:
+        for label in (0, 9):
+            more = (torch.cat([images, record]), torch.cat([labels, torch.tensor([label])]))
+            moved = tensors_of(clipped_gradient_sum(loss, parameters, more, 0.1))
+            distance = torch.sqrt(sum((moved[name] - base[name]).double().square().sum() for name in base))
+            assert distance <= 0.1 * (1 + 1e-5)
+
+
+def test_an_empty_lot_sums_to_zero(problem):
+    loss, parameters, _, (images, labels) = problem
+    total = tensors_of(clipped_gradient_sum(loss, parameters, (images[:0], labels[:0]), 0.1))
+    assert {name: value.shape for name, value in total.items()} == {name: value.shape for name, value in parameters.items()}
+    assert all((value == 0).all() for value in total.values())
+
+
+def test_rows_with_infinite_numbers_count_as_nothing():
+    rows = {"a": torch.tensor([[3.0, 4.0], [float("inf"), 0.0], [float("nan"), 1.0]]), "b": torch.tensor([[0.0], [1.0], [1.0]])}
+    total = tensors_of(clipped_sum(rows, 1.0))
+    torch.testing.assert_close(total["a"], torch.tensor([0.6, 0.8]))
+    torch.testing.assert_close(total["b"], torch.tensor([0.0]))
+
+
+def test_low_precision_rows_are_summed_in_float32():
+    rows = {"a": torch.full((4096, 1), 1e-3, dtype=torch.bfloat16)}
+    total = tensors_of(clipped_sum(rows, 1.0))["a"]
+    assert total.dtype == torch.float32
+    assert float(total) == pytest.approx(4096 * float(rows["a"][0]), rel=1e-4)
+    assert row_norms(rows).dtype == torch.float32
+
+
+def test_only_this_module_builds_sums_and_only_equal_clip_norms_add():
+    with pytest.raises(TypeError, match="clipped_sum"):
+        ClippedSum({"a": torch.ones(1)}, 1.0)
+    one, other = clipped_sum({"a": torch.ones(1, 1)}, 1.0), clipped_sum({"a": torch.ones(1, 1)}, 2.0)
+    assert float(tensors_of(one + one)["a"]) == 2.0
+    with pytest.raises(ValueError, match=r"1\.0 and to 2\.0"):
+        _ = one + other
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, -1.0, float("inf"), float("nan")])
+def test_clip_norms_out_of_range_are_refused(clip_norm):
+    with pytest.raises(ValueError, match="clip_norm"):
+        clipped_sum({"a": torch.ones(1, 1)}, clip_norm)

@@ -6,6 +6,7 @@ Zhao, Mopuri and Bilen, "Dataset Condensation with Gradient Matching" (ICLR 2021
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
@@ -30,6 +31,8 @@ class MatchingSchedule:
     Args:
         width: Channels of the matching network.
         clip_norm: C of a record's whole gradient.
+        layers: Whose gradient is released and matched: ``"all"`` (published), or ``"head"``: the last layer alone, for which
+            a record's row needs no backward pass and the noise has fewer numbers to fall on.
         distance: ``"rows"``: 1 − cosine for each output row, summed (published). ``"whole"``: 1 − cosine of the whole
             gradient, in which noise weighs as little as it does in the sum.
         rounds: Times that one network is matched before a fresh one is drawn.
@@ -37,6 +40,9 @@ class MatchingSchedule:
         network_epochs: Steps of SGD on the synthetic set between rounds.
         network_lr: Their learning rate.
         image_steps: Image steps for each release.
+        image_rule: ``"sgd"`` (published): plain SGD on unbounded images. ``"pixels"``: the gradient is scaled to a root mean
+            square of 1, so that ``image_lr`` is in pixel values whatever the data; the rate falls to 2 % as a half cosine over
+            the planned steps; after each step the images are projected to [0, 1], where they will be published.
         image_lr: Learning rate of the images.
         image_momentum: Their momentum.
         averaging: Decay of the average over image steps that is published; 0 publishes the last images.
@@ -45,12 +51,14 @@ class MatchingSchedule:
 
     width: int
     clip_norm: float
+    layers: str
     distance: str
     rounds: int
     matches: int
     network_epochs: int
     network_lr: float
     image_steps: int
+    image_rule: str
     image_lr: float
     image_momentum: float
     averaging: float
@@ -61,7 +69,9 @@ class MatchingSchedule:
             positive_int(name, getattr(self, name))
         for name in ("clip_norm", "network_lr", "image_lr"):
             positive(name, getattr(self, name))
+        one_of("layers", self.layers, ("all", "head"))
         one_of("distance", self.distance, ("rows", "whole"))
+        one_of("image_rule", self.image_rule, ("sgd", "pixels"))
         for name in ("image_momentum", "averaging"):
             if not 0 <= getattr(self, name) < 1:
                 raise fail(name, getattr(self, name), "at least 0 and below 1")
@@ -89,12 +99,14 @@ def schedule(preset: str, images_per_class: int) -> MatchingSchedule:
     return MatchingSchedule(
         width=128,
         clip_norm=0.1,
+        layers="all",
         distance="rows",
         rounds=rounds,
         matches=10,
         network_epochs=epochs,
         network_lr=0.01,
         image_steps=1,
+        image_rule="sgd",
         image_lr=0.1,
         image_momentum=0.5,
         averaging=0.0,
@@ -105,13 +117,15 @@ def schedule(preset: str, images_per_class: int) -> MatchingSchedule:
 CPU = MatchingSchedule(
     width=32,
     clip_norm=0.1,
+    layers="head",
     distance="whole",
     rounds=1,
     matches=1,
     network_epochs=1,
     network_lr=0.01,
-    image_steps=5,
-    image_lr=500.0,
+    image_steps=8,
+    image_rule="pixels",
+    image_lr=0.03,
     image_momentum=0.5,
     averaging=0.0,
     origin="tuned on MNIST's training records (50,000 to train, 10,000 held out); not covered by the guarantee for MNIST",
@@ -171,7 +185,7 @@ class PrivateSetGeneration(PrivateGenerator):
         """Creates uniform random images, their labels, their average and the matching network."""
         channels, height, width = self.image_shape
         if height < 8 or width < 8:
-            raise fail("image_shape", self.image_shape, "at least 8 x 8 pixels for a network that halves the image three times")
+            raise fail("image_shape", self.image_shape, "at least 8 x 8 pixels")
         count = self.num_classes * self.images_per_class
         self.images = nn.Parameter(torch.rand(count, channels, height, width))
         self.register_buffer("labels", torch.arange(self.num_classes).repeat_interleave(self.images_per_class))
@@ -195,17 +209,20 @@ class PrivateSetGeneration(PrivateGenerator):
             batch_idx: Not used.
         """
         self._advance_network()
-        parameters = {name: value.detach() for name, value in self.network.named_parameters()}
+        parameters = self.matched_parameters()
         total = clipped_gradient_sum(self._record_loss, parameters, tuple(batch), self.schedule.clip_norm, self.chunk_size)
         released = self.mechanism.release(GRADIENT_SUM, total)
         sampling = cast(PoissonSampling, self.mechanism.plan.sampling)
         target = {name: value / sampling.expected_batch_size for name, value in released.items()}
         optimizer = cast(Any, self.optimizers())
+        self._set_rate(optimizer.optimizer)
         for step in range(self.schedule.image_steps):
             self.images.grad = self._image_gradient(parameters, target)
             # Lightning counts each step of its own optimizer: one trainer step is one release, so it sees the last one only.
             is_last = step == self.schedule.image_steps - 1
             (optimizer if is_last else optimizer.optimizer).step()
+            if self.schedule.image_rule == "pixels":
+                self.images.data.clamp_(0, 1)
             self.average.lerp_(self.images.detach(), 1 - self.schedule.averaging)
 
     def sample(self, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -235,6 +252,17 @@ class PrivateSetGeneration(PrivateGenerator):
         named = {name: (value, "set by the user" if name in self._overridden else origin) for name, value in fields.items()}
         named["images_per_class"] = (self.images_per_class, "set by the user")
         return {name: {"value": value, "origin": where} for name, (value, where) in named.items()}
+
+    def matched_parameters(self) -> dict[str, Tensor]:
+        """The network's parameters whose gradient is released and matched, by name."""
+        named = self.network.named_parameters()
+        return {name: value.detach() for name, value in named if self.schedule.layers == "all" or name.startswith("head.")}
+
+    def _set_rate(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.schedule.image_rule == "pixels":
+            done = self.trainer.global_step / self.mechanism.plan.release(GRADIENT_SUM).count
+            factor = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+            optimizer.param_groups[0]["lr"] = self.schedule.image_lr * factor
 
     def _fresh_network(self) -> ConvNet:
         return ConvNet(self.num_classes, self.image_shape, width=self.schedule.width).requires_grad_(False)
@@ -267,7 +295,10 @@ class PrivateSetGeneration(PrivateGenerator):
         loss = F.cross_entropy(functional_call(self.network, variables, (self.images,)), self.labels)
         mine = torch.autograd.grad(loss, list(variables.values()), create_graph=True)
         distance = gradient_distance(dict(zip(variables, mine, strict=True)), target, self.schedule.distance)
-        return torch.autograd.grad(distance, self.images)[0]
+        gradient = torch.autograd.grad(distance, self.images)[0]
+        if self.schedule.image_rule == "pixels":
+            gradient = gradient / gradient.square().mean().sqrt().clamp_min(1e-12)
+        return gradient
 
 
 def gradient_distance(mine: dict[str, Tensor], target: dict[str, Tensor], kind: str) -> Tensor:

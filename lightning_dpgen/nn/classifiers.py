@@ -40,7 +40,10 @@ class _Classifier(nn.Module):
 
 
 class ConvNet(_Classifier):
-    """Three blocks of 3 × 3 convolution, instance norm, ReLU, average pooling; a linear head.
+    """Blocks of 3 × 3 convolution, instance norm, ReLU, average pooling; a linear head.
+
+    Three blocks, as published, for images from 28 × 28; two from 16 × 16 and one from 8 × 8, so that at least 4 × 4 places are
+    left to the head.
 
     Args:
         num_classes: Number of classes.
@@ -51,7 +54,7 @@ class ConvNet(_Classifier):
     def __init__(self, num_classes: int, image_shape: ImageShape, width: int = 128) -> None:
         layers: list[nn.Module] = []
         channels, padding = image_shape[0], _first_padding(image_shape)
-        for _ in range(3):
+        for _ in range(3 if min(image_shape[1:]) >= 28 else 2 if min(image_shape[1:]) >= 16 else 1):
             layers += [
                 nn.Conv2d(channels, width, 3, padding=padding),
                 nn.GroupNorm(width, width),

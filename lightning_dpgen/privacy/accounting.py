@@ -21,8 +21,9 @@ from lightning_dpgen._validate import between
 from lightning_dpgen.privacy.budget import PrivacyBudget
 from lightning_dpgen.privacy.plan import DominatingPair, PrivacyPlan, Relation, ReleaseEvent
 
-GRID = 1e-4
-"""Width of a cell of the privacy-loss grid."""
+GRIDS = (2e-3, 1e-3, 1e-4)
+"""Widths of a cell of the privacy-loss grid. Every width is pessimistic; the second is used where the first differs from it by
+less than a thousandth, so that the error is smaller still, and else the third."""
 MAX_CELLS = 1e7
 """Above this many cells the claim is RDP."""
 MIN_DELTA = 1e-12
@@ -71,18 +72,25 @@ def epsilon(
 
 
 @functools.lru_cache(maxsize=4096)
-def _epsilon(pairs: _PairCounts, delta: float, grid: float = GRID) -> Epsilon:
+def _epsilon(pairs: _PairCounts, delta: float) -> Epsilon:
     if not pairs:
         return Epsilon(0.0, "PLD", 0.0)
     if any(pair.noise_multiplier == 0 for pair, _ in pairs):
         return Epsilon(math.inf, "PLD", math.inf)
     rdp = _rdp_epsilon(pairs, delta)
-    if delta >= MIN_DELTA and _width(pairs) / grid <= MAX_CELLS:
-        composed = functools.reduce(lambda a, b: a.compose(b), [_pld(pair, count, grid) for pair, count in pairs])
-        value = max(0.0, float(composed.get_epsilon_for_delta(delta)))
+    if delta >= MIN_DELTA and _width(pairs) / GRIDS[-1] <= MAX_CELLS:
+        rough, value = (_pld_epsilon(pairs, delta, grid) for grid in GRIDS[:2])
+        if rough - value > 1e-3 * value:
+            value = _pld_epsilon(pairs, delta, GRIDS[2])
         if math.isfinite(value):
             return Epsilon(value, "PLD", rdp)
     return Epsilon(rdp, "RDP", rdp)
+
+
+@functools.lru_cache(maxsize=4096)
+def _pld_epsilon(pairs: _PairCounts, delta: float, grid: float) -> float:
+    composed = functools.reduce(lambda a, b: a.compose(b), [_pld(pair, count, grid) for pair, count in pairs])
+    return max(0.0, float(composed.get_epsilon_for_delta(delta)))
 
 
 def _pld(pair: DominatingPair, count: int, grid: float) -> pld.PrivacyLossDistribution:
@@ -128,7 +136,7 @@ def _width(pairs: _PairCounts) -> float:
     for pair, count in halved:
         mu = (math.sqrt(count) if pair.sampling_probability == 1 else 1.0) / pair.noise_multiplier
         single = max(single, mu * mu / 2 + 20 * mu)
-    return max(single, 2 * _rdp_epsilon(halved, 1e-15)) if single / GRID <= MAX_CELLS else single
+    return max(single, 2 * _rdp_epsilon(halved, 1e-15)) if single / GRIDS[-1] <= MAX_CELLS else single
 
 
 def _halved(pair: DominatingPair) -> DominatingPair:
@@ -161,11 +169,8 @@ def calibrate_noise_multiplier(plan: PrivacyPlan, budget: PrivacyBudget) -> floa
     def by_rdp(z: float) -> float:
         return _rdp_epsilon(pairs(z), budget.delta)
 
-    # The search reads a grid as coarse as the budget allows (a tenth of the time); the last word is the claim's own grid.
-    coarse = min(1e-3, max(GRID, budget.epsilon / 5000))
-
-    def searched(z: float) -> float:
-        return _epsilon(pairs(z), budget.delta, coarse).value
+    def searched(z: float) -> float:  # on a grid as coarse as the budget allows; the last word is the claim's own
+        return _pld_epsilon(pairs(z), budget.delta, min(1e-3, max(GRIDS[-1], budget.epsilon / 5000)))
 
     high = 1.0
     while by_rdp(high) > budget.epsilon:
@@ -181,6 +186,12 @@ def calibrate_noise_multiplier(plan: PrivacyPlan, budget: PrivacyBudget) -> floa
     while high / low > 1.01:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if by_rdp(middle) > budget.epsilon else (low, middle)
+
+    if epsilon(plan.events(high), budget.delta).accountant == "RDP":
+        while high / low > 1.0005:
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if by_rdp(middle) > budget.epsilon else (low, middle)
+        return _rounded_up(high)
 
     # RDP is never below PLD, so `high` is inside the budget. Tighten by PLD, false position in log-log coordinates.
     inside, inside_epsilon = high, searched(high)
@@ -198,8 +209,12 @@ def calibrate_noise_multiplier(plan: PrivacyPlan, budget: PrivacyBudget) -> floa
             inside, inside_epsilon = guess, guess_epsilon
         else:
             outside, outside_epsilon = guess, guess_epsilon
-    digits = 5 - math.floor(math.log10(inside))
-    rounded = math.ceil(inside * 10**digits) / 10**digits
+    rounded = _rounded_up(inside)
     while epsilon(plan.events(rounded), budget.delta).value > budget.epsilon:
-        rounded *= 1.001
+        rounded = _rounded_up(min(1.005 * rounded, high))
     return rounded
+
+
+def _rounded_up(value: float) -> float:
+    digits = 5 - math.floor(math.log10(value))
+    return math.ceil(value * 10**digits) / 10**digits

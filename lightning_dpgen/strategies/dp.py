@@ -176,13 +176,7 @@ class DPStrategy(pl.strategies.SingleDeviceStrategy):
         if not self._owns_releases(module):
             check_user_module(module)
         super().setup(trainer)
-        if self._owns_releases(module):
-            if self._clip_norm is not None:
-                raise ValueError(
-                    f"DPStrategy(clip_norm={self._clip_norm}) beside {type(module).__name__}, whose configure_privacy() states its "
-                    f"own clip norms: {self._plan_of(module, 1).releases}. Set it in the module."
-                )
-        else:
+        if not self._owns_releases(module):
             check_optimizers(self.optimizers, module)
         self._prepare(trainer, module)
 
@@ -203,6 +197,7 @@ class DPStrategy(pl.strategies.SingleDeviceStrategy):
         if not isinstance(loader, DataLoader):
             raise ValueError(f"the training data is a {type(loader).__name__}; a private run needs exactly one DataLoader.")
         if self._engine is not None:
+            self._engine.check_modes()
             probe_module(trainer, cast(pl.LightningModule, self.lightning_module), loader, self._engine, self.root_device)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -213,6 +208,7 @@ class DPStrategy(pl.strategies.SingleDeviceStrategy):
             return output
         self._lot = lot_size(args[0])
         self._engine.clear()
+        self._engine.check_modes()
         if self._lot == 0:
             return cast(Tensor, sum(p.sum() * 0.0 for p in self._engine.parameters.values()))
         return super().training_step(*args, **kwargs)
@@ -271,6 +267,11 @@ class DPStrategy(pl.strategies.SingleDeviceStrategy):
                 "delta=%g is not below 1/N = %g: such a guarantee allows publishing a record outright.", self.delta, 1 / self._records
             )
         plan = self._plan_of(module, steps or 1)
+        if self._owns_releases(module) and self._clip_norm is not None:
+            raise ValueError(
+                f"DPStrategy(clip_norm={self._clip_norm}) beside {type(module).__name__}, whose configure_privacy() states "
+                f"{', '.join(f'{r.name}: clip_norm={r.clip_norm}' for r in plan.releases)}. Set it in the module alone."
+            )
         previous, self._restored = self._restored, None
         if self.mechanism is not None and self.budget is not None:
             plan = self.mechanism.plan  # a target ε is for all fits of this strategy together

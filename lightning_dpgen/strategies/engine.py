@@ -36,6 +36,20 @@ class PerRecordEngine:
     def _buffer_versions(self) -> dict[str, tuple[int, int]]:
         return {name: (id(buffer), buffer._version) for name, buffer in self.module.named_buffers()}
 
+    def check_modes(self) -> None:
+        """Raises if a layer with trainable parameters is in eval mode, where its per-record gradients are not recorded.
+
+        Raises:
+            RuntimeError: Names the layers.
+        """
+        layers = {name.rpartition(".")[0] for name in self.parameters}
+        resting = sorted(name for name in layers if not self.module.get_submodule(name).training)
+        if resting:
+            raise RuntimeError(
+                f"the layers {', '.join(resting[:6])} are in eval mode, where their per-record gradients are not recorded. Call "
+                "train() on them, or freeze them with requires_grad_(False)."
+            )
+
     def check_unchanged(self) -> None:
         """Raises if the trainable parameters or the buffers are no longer those of set-up.
 
@@ -74,8 +88,8 @@ class PerRecordEngine:
             if sample is None:
                 if parameter.grad is not None:
                     raise RuntimeError(
-                        f"{name} got a gradient but no per-record gradient: its layer is in eval mode, or is used outside its "
-                        "own forward. Call train() on it, or freeze it with requires_grad_(False)."
+                        f"{name} got a gradient but no per-record gradient: it is used outside its layer's own forward. Call the "
+                        "layer, or freeze it with requires_grad_(False)."
                     )
                 rows[name] = parameter.new_zeros((records, *parameter.shape))
                 continue

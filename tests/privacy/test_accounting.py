@@ -93,7 +93,7 @@ def test_several_releases_compose_as_gaussians_do():
 
 
 @pytest.mark.parametrize(
-    ("target", "q", "steps"), [(0.05, 0.01, 1000), (0.5, 0.25, 1), (1, 0.068, 60), (3, 1, 100), (8, 1e-3, 10_000), (50, 0.01, 100)]
+    ("target", "q", "steps"), [(0.05, 0.01, 1000), (0.5, 0.25, 1), (1, 0.068, 60), (3, 1, 100), (8, 1e-3, 10_000)]
 )
 def test_calibration_comes_close_from_below(target, q, steps):
     plan = poisson(q, steps)

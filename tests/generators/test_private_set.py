@@ -1,0 +1,267 @@
+"""Private set generation: the seven tests, its loops, and what it tells its users."""
+
+from __future__ import annotations
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from lightning_dpgen import DigitsDataModule, DPStrategy, PrivateSetGeneration
+from lightning_dpgen.generators.private_set import gradient_distance, schedule
+from lightning_dpgen.privacy import GaussianMechanism, PoissonSampling, RowDependenceError, check_row_independence
+from lightning_dpgen.privacy.clipping import per_record_gradients, tensors_of
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+SMALL = {"width": 4}
+SHAPE = {"num_classes": 10, "image_shape": (1, 8, 8)}
+
+
+def generator(**arguments) -> PrivateSetGeneration:
+    overrides = {**SMALL, **arguments.pop("schedule_overrides", {})}
+    return PrivateSetGeneration(**{"images_per_class": 2, **SHAPE, **arguments}, schedule_overrides=overrides)
+
+
+def trainer(tmp_path, steps=4, strategy=None, **options) -> pl.Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return pl.Trainer(
+        max_steps=steps,
+        strategy=strategy or DPStrategy(noise_multiplier=1.0),
+        accelerator="cpu",
+        default_root_dir=tmp_path,
+        **{**quiet, **options},
+    )
+
+
+class Spy:
+    """Keeps what goes through the door."""
+
+    def __init__(self, monkeypatch):
+        self.sums = []
+        release = GaussianMechanism.release
+
+        def spy(mechanism, name, contribution):
+            self.sums.append({key: value.clone() for key, value in tensors_of(contribution).items()})
+            return release(mechanism, name, contribution)
+
+        monkeypatch.setattr(GaussianMechanism, "release", spy)
+
+
+def test_the_released_sum_is_the_loop_over_records(tmp_path, monkeypatch, digit_records):
+    spy = Spy(monkeypatch)
+    module = generator(chunk_size=7)
+    run = trainer(tmp_path, 1, DPStrategy(noise_multiplier=0.0))
+    run.fit(module, DataLoader(digit_records, batch_size=64))  # q = 1: every record
+    network, clip_norm = module.network.requires_grad_(True), module.schedule.clip_norm
+    expected: dict[str, torch.Tensor] = {}
+    names = list(spy.sums[0])
+    for image, label in digit_records:
+        network.zero_grad()
+        F.cross_entropy(network(image[None]), label[None]).backward()
+        row = {name: network.get_parameter(name).grad for name in names}
+        norm = torch.sqrt(sum(value.square().sum() for value in row.values()))
+        for name, value in row.items():
+            expected[name] = expected.get(name, 0) + value * min(1.0, clip_norm / float(norm))
+    for name, value in expected.items():
+        torch.testing.assert_close(spy.sums[0][name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_no_record_moves_the_released_sum_by_more_than_the_clip_norm(tmp_path, monkeypatch, digits):
+    spy = Spy(monkeypatch)
+    for poison in (None, 0.0, 1e4, float("nan")):
+        torch.manual_seed(0)
+        images, labels = digits[0][:32].clone(), digits[1][:32].clone()
+        if poison is not None:
+            images[3], labels[3] = poison, 9 - labels[3]
+        trainer(tmp_path, 1).fit(generator(), DataLoader(TensorDataset(images, labels), batch_size=32))
+    for changed in spy.sums[1:]:
+        moved = torch.sqrt(sum((changed[name] - spy.sums[0][name]).square().sum() for name in changed))
+        assert moved <= 2 * generator().schedule.clip_norm * (1 + 1e-5)  # replaced: 2C
+
+
+def test_rows_do_not_mix_records(digits):
+    module = generator()
+    parameters = module.matched_parameters()
+
+    def rows(batch):
+        return per_record_gradients(module._record_loss, parameters, tuple(batch))
+
+    check_row_independence(rows, [torch.rand(4, 1, 8, 8), digits[1][:4]], [torch.rand(4, 1, 8, 8), digits[1][4:8]])
+
+    def mixed(batch):
+        return rows([batch[0] - batch[0].mean(0), batch[1]])
+
+    with pytest.raises(RowDependenceError):
+        check_row_independence(mixed, [torch.rand(4, 1, 8, 8), digits[1][:4]], [torch.rand(4, 1, 8, 8), digits[1][4:8]])
+
+
+@pytest.mark.parametrize("preset", ["cpu", "published"])
+def test_non_interference(tmp_path, monkeypatch, digits, preset):
+    """With a release that ignores its rows, two unrelated data sets leave the same public state, bit for bit."""
+
+    def stub(self, name, contribution):
+        self.ledger.charge(self.plan.release_event(name, self.noise_multiplier))
+        noise = torch.Generator().manual_seed(len(self.ledger))
+        return {key: torch.randn(value.shape, generator=noise) for key, value in tensors_of(contribution).items()}
+
+    monkeypatch.setattr(GaussianMechanism, "release", stub)
+    states = []
+    for images, labels in ((digits[0][:60], digits[1][:60]), (torch.rand(60, 1, 8, 8) * 100, torch.zeros(60, dtype=torch.int64))):
+        torch.manual_seed(0)
+        module = generator(preset=preset, images_per_class=1, schedule_overrides={"rounds": 2, "matches": 3})
+        run = trainer(tmp_path, 14)
+        optimizer_state = []
+
+        class Keep(pl.Callback):
+            def on_train_end(self, trainer, module):
+                optimizer_state.append(trainer.optimizers[0].state_dict()["state"][0]["momentum_buffer"].clone())
+
+        run.callbacks.append(Keep())
+        run.fit(module, DataLoader(TensorDataset(images, labels), batch_size=5))
+        states.append(
+            (
+                {**module.state_dict(), "momentum": optimizer_state[0], "stream": torch.get_rng_state()},
+                (run.global_step, len(run.strategy.ledger), {k: float(v) for k, v in run.callback_metrics.items()}),
+            )
+        )
+    (one, counts), (other, other_counts) = states
+    assert counts == other_counts
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+def test_plan_equals_ledger_and_one_step_is_one_release(tmp_path, digit_records):
+    run = trainer(tmp_path, 6, DPStrategy(epsilon=10.0))
+    run.fit(generator(), DataLoader(digit_records, batch_size=16))
+    strategy = run.strategy
+    assert strategy.plan.sampling == PoissonSampling(64, 16)
+    assert run.global_step == len(strategy.ledger) == 6
+    assert strategy.ledger.event() == strategy.plan.event(strategy.noise_multiplier)
+    assert 9.8 <= float(run.callback_metrics["privacy/epsilon"]) <= 10.0
+
+
+def test_nan_records_and_empty_lots_release_noise_and_keep_images_finite(tmp_path, digits):
+    for images, lot in ((torch.full((16, 1, 8, 8), float("nan")), 16), (digits[0][:3], 1)):
+        module = generator()
+        before = module.images.detach().clone()
+        run = trainer(tmp_path, 20)
+        run.fit(module, DataLoader(TensorDataset(images, digits[1][: len(images)]), batch_size=lot))
+        assert len(run.strategy.ledger) == 20
+        assert module.images.isfinite().all()
+        assert module.average.isfinite().all()
+        assert not torch.equal(module.images, before)
+
+
+def test_matching_without_noise_makes_images_that_teach(tmp_path, digits):
+    """A hundred images learned from 1,437 without noise: far above chance on the real test records."""
+    data = DigitsDataModule(batch_size=512)
+    torch.manual_seed(0)
+    module = PrivateSetGeneration(images_per_class=5, schedule_overrides={"width": 16})
+    trainer(tmp_path, 60, DPStrategy(noise_multiplier=0.0)).fit(module, data)
+    from lightning_dpgen import tstr
+
+    labels = module.release_labels()
+    table = tstr((module.sample(labels).detach(), labels), data.real_test(), 10, "quick", [0], ["ConvNet32"], show_progress=False)
+    assert table.mean("ConvNet32") > 60
+
+
+def test_resume_continues_images_network_and_ledger(tmp_path, digit_records):
+    options = {"enable_checkpointing": True}
+    keep = pl.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1, filename="{step}")
+    overrides = {"rounds": 2, "matches": 4}
+    first = trainer(tmp_path, 6, callbacks=[keep], **options)
+    module = generator(schedule_overrides=overrides)
+    first.fit(module, DataLoader(digit_records, batch_size=16))
+    resumed = trainer(tmp_path, 6, **options)
+    again = generator(schedule_overrides=overrides)
+    resumed.fit(again, DataLoader(digit_records, batch_size=16), ckpt_path=tmp_path / "step=6.ckpt")
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    resumed = trainer(tmp_path, 8, **options)
+    resumed.fit(generator(schedule_overrides=overrides), DataLoader(digit_records, batch_size=16), ckpt_path=tmp_path / "step=3.ckpt")
+    assert len(resumed.strategy.ledger) == 6 + 5
+    loaded = PrivateSetGeneration.load_from_checkpoint(tmp_path / "step=6.ckpt")
+    assert torch.equal(loaded.average, module.average)
+
+
+def test_the_sample_is_the_learned_set_in_the_order_of_labels():
+    module = generator(images_per_class=3)
+    labels = torch.tensor([2, 0, 2, 2, 2, 9])
+    images = module.sample(labels)
+    picked = [6, 0, 7, 8, 6, 27]
+    assert torch.equal(images, module.average[picked].clamp(0, 1))
+    assert torch.equal(module.sample(module.release_labels()), module.average.clamp(0, 1))
+    assert images.min() >= 0
+    assert images.max() <= 1
+
+
+def test_the_published_loops_are_the_papers():
+    for images, (rounds, epochs) in {1: (1, 1), 10: (10, 50), 20: (20, 25), 50: (50, 10)}.items():
+        loops = schedule("published", images)
+        assert (loops.rounds, loops.matches, loops.network_epochs) == (rounds, 10, epochs)
+        assert (loops.width, loops.clip_norm, loops.distance, loops.image_lr, loops.layers) == (128, 0.1, "rows", 0.1, "all")
+    with pytest.raises(ValueError, match="images_per_class=7"):
+        schedule("published", 7)
+    with pytest.raises(ValueError, match="preset='gpu'"):
+        schedule("gpu", 10)
+
+
+def test_networks_are_fresh_each_cycle_and_trained_between_rounds(tmp_path, digit_records):
+    weights = []
+
+    class Keep(pl.Callback):
+        def on_train_batch_end(self, trainer, module, *args):
+            weights.append(torch.cat([p.flatten().clone() for p in module.network.parameters()]))
+
+    overrides = {"rounds": 2, "matches": 2, "network_epochs": 1}
+    trainer(tmp_path, 8, callbacks=[Keep()]).fit(generator(schedule_overrides=overrides), DataLoader(digit_records, batch_size=16))
+    same = [torch.equal(a, b) for a, b in zip(weights, weights[1:], strict=False)]
+    assert same == [True, False, True, False, True, False, True]
+    trained, fresh = (weights[2] - weights[1]).norm(), (weights[4] - weights[3]).norm()
+    assert trained < 0.3 * fresh
+
+
+def test_distances():
+    torch.manual_seed(0)
+    mine = {"weight": torch.randn(3, 4), "bias": torch.randn(3)}
+    for kind in ("rows", "whole"):
+        assert float(gradient_distance(mine, mine, kind)) == pytest.approx(0, abs=1e-5)
+        assert float(gradient_distance(mine, {k: 3 * v for k, v in mine.items()}, kind)) == pytest.approx(0, abs=1e-5)
+    opposite = {k: -v for k, v in mine.items()}
+    assert float(gradient_distance(mine, opposite, "rows")) == pytest.approx(6, abs=1e-4)  # three rows, the bias ignored
+    assert float(gradient_distance(mine, opposite, "whole")) == pytest.approx(2, abs=1e-5)
+
+
+def test_a_trainer_without_the_strategy_gets_the_line_to_add(digit_records):
+    plain = pl.Trainer(max_steps=1, logger=False, enable_checkpointing=False, accelerator="cpu", enable_progress_bar=False)
+    with pytest.raises(ValueError, match=r"strategy=lightning_dpgen\.DPStrategy\(epsilon=10"):
+        plain.fit(generator(), DataLoader(digit_records, batch_size=16))
+
+
+def test_a_clip_norm_beside_the_modules_own_is_refused_with_both(tmp_path, digit_records):
+    run = trainer(tmp_path, 1, DPStrategy(epsilon=1.0, clip_norm=3.0))
+    with pytest.raises(ValueError, match=r"clip_norm=3\.0.*clip_norm=0\.1"):
+        run.fit(generator(), DataLoader(digit_records, batch_size=16))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"images_per_class": 0}, "images_per_class=0"),
+        ({"chunk_size": 0}, "chunk_size=0"),
+        ({"image_shape": (1, 4, 4)}, "8 x 8"),
+        ({"schedule_overrides": {"learning_rate": 1.0}}, "learning_rate.*image_lr"),
+        ({"schedule_overrides": {"distance": "l2"}}, "distance='l2'"),
+        ({"schedule_overrides": {"averaging": 1.0}}, "averaging=1.0"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        generator(**arguments)
+
+
+def test_classes_and_shape_come_from_the_data_module_or_are_asked_for(tmp_path, digit_records):
+    with pytest.raises(ValueError, match="num_classes=… and image_shape"):
+        trainer(tmp_path).fit(PrivateSetGeneration(), DataLoader(digit_records, batch_size=16))
+    with pytest.raises(ValueError, match="num_classes=3, the data module declares 10"):
+        trainer(tmp_path).fit(generator(num_classes=3), DigitsDataModule())

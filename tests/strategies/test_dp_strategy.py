@@ -1,0 +1,383 @@
+"""DP-SGD of a user's own module: the seven tests, resumption and refusals."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from lightning_dpgen import DPStrategy
+from lightning_dpgen.privacy import BudgetExhausted, GaussianMechanism, PoissonSampling, RowDependenceError
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
+
+
+class Mlp(pl.LightningModule):
+    """A classifier that knows nothing of privacy."""
+
+    def __init__(self, lr: float = 1.0, zero_loss: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Tanh(), nn.Linear(16, 10))
+        self.lr, self.zero_loss = lr, zero_loss
+
+    def training_step(self, batch, batch_idx):
+        loss = F.cross_entropy(self.net(batch[0]), batch[1])
+        if self.zero_loss:
+            loss = loss * 0
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+def trainer(tmp_path, strategy, **options) -> pl.Trainer:
+    defaults = {"max_steps": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    return pl.Trainer(strategy=strategy, default_root_dir=tmp_path, enable_model_summary=False, **{**defaults, **options})
+
+
+def fit(tmp_path, module, records, batch_size, loader=None, strategy=None, trainer_options=None, **options):
+    strategy = strategy or DPStrategy(**(options if "epsilon" in options else {"noise_multiplier": 0.0, **options}))
+    run = trainer(tmp_path, strategy, **(trainer_options or {}))
+    run.fit(module, loader or DataLoader(records, batch_size=batch_size))
+    return run
+
+
+def flat(module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+def oracle(module, records, clip_norm) -> torch.Tensor:
+    total = torch.zeros_like(flat(module))
+    for image, label in records:
+        module.zero_grad()
+        F.cross_entropy(module.net(image[None]), label[None]).backward()
+        row = torch.cat([p.grad.flatten() for p in module.parameters()])
+        total += row * min(1.0, clip_norm / float(row.norm()))
+    module.zero_grad()
+    return total
+
+
+@pytest.mark.parametrize("clip_norm", [0.05, 50.0])
+def test_one_lot_of_everything_is_the_loop_over_records(tmp_path, digit_records, clip_norm):
+    module = Mlp()
+    start, expected = flat(module), oracle(module, digit_records, clip_norm)
+    fit(tmp_path, module, digit_records, 64, clip_norm=clip_norm)
+    torch.testing.assert_close((start - flat(module)) * 64, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_no_record_moves_the_released_sum_by_more_than_the_clip_norm(tmp_path, digit_records):
+    images, labels = digit_records.tensors
+
+    def released(images):
+        module = Mlp()
+        start = flat(module)
+        fit(tmp_path, module, TensorDataset(images, labels), 64, clip_norm=0.1)
+        return (start - flat(module)) * 64
+
+    base = released(images)
+    for poison in (1e4, -1e4, float("nan")):
+        changed = images.clone()
+        changed[7] = poison
+        assert (released(changed) - base).norm() <= 2 * 0.1 * (1 + 1e-4)  # replaced: 2C
+
+
+def test_noise_reaches_every_parameter_with_the_stated_deviation(tmp_path, digits):
+    # 1,210 normals: the sample deviation is within 12 % but for a chance below 1e-8 (6 standard errors of 2 %).
+    for records in (20, 23):
+        module = Mlp(zero_loss=True)
+        start = flat(module)
+        fit(tmp_path, module, TensorDataset(digits[0][:records], digits[1][:records]), 4, noise_multiplier=2.0, clip_norm=0.5)
+        moved = start - flat(module)
+        assert float(moved.std()) == pytest.approx(2.0 * 0.5 / 4, rel=0.12)  # the expected lot divides, whatever N is
+        assert (moved != 0).all()
+
+
+def test_the_loader_samples_at_the_accounted_rate_and_every_lot_counts(tmp_path, digits):
+    records = TensorDataset(digits[0][:21], digits[1][:21])
+    for drop_last, lots in ((False, 6), (True, 5)):
+        loader = DataLoader(records, batch_size=4, drop_last=drop_last, shuffle=True)
+        run = fit(tmp_path, Mlp(), records, 4, loader, trainer_options={"max_steps": -1, "max_epochs": 1}, noise_multiplier=1.0)
+        assert run.strategy.plan.sampling == PoissonSampling(21, 4)
+        assert len(run.strategy.ledger) == run.global_step == lots
+        assert run.strategy.ledger.event() == run.strategy.plan.event(1.0)
+    assert run.callback_metrics["privacy/epsilon"] == pytest.approx(run.strategy.plan.epsilon(1.0, 1e-5))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_empty_lots_step_on_noise(tmp_path, digits, workers):
+    class Watch(pl.Callback):
+        def __init__(self):
+            self.weights = []
+
+        def on_train_batch_end(self, trainer, module, *args):
+            self.weights.append(flat(module))
+
+    watch = Watch()
+    records = TensorDataset(digits[0][:3], digits[1][:3])
+    options = {"max_steps": -1, "max_epochs": 14, "callbacks": [watch]}
+    loader = DataLoader(records, batch_size=1, num_workers=workers)
+    run = fit(tmp_path, Mlp(), records, 1, loader, trainer_options=options, noise_multiplier=1.0)
+    assert len(run.strategy.ledger) == run.global_step == 42  # 30 % of the lots are empty; none in 42: 4e-7
+    assert all(bool((a != b).any()) and bool(b.isfinite().all()) for a, b in zip(watch.weights, watch.weights[1:], strict=False))
+
+
+def test_a_step_that_returns_nothing_is_released_as_noise(tmp_path, digit_records):
+    class Skips(Mlp):
+        def training_step(self, batch, batch_idx):
+            return None
+
+    module = Skips()
+    start = flat(module)
+    run = fit(tmp_path, module, digit_records, 8, noise_multiplier=1.0)
+    assert len(run.strategy.ledger) == 1
+    assert (flat(module) != start).all()
+
+
+def test_non_interference(tmp_path, monkeypatch, digits):
+    """With a release that ignores its rows, two unrelated data sets leave the same public state, bit for bit."""
+
+    def stub(self, name, contribution):
+        from lightning_dpgen.privacy.clipping import clipped_sum, tensors_of
+
+        shapes = tensors_of(contribution if not isinstance(contribution, dict) else clipped_sum(contribution, 1.0))
+        self.ledger.charge(self.plan.release_event(name, self.noise_multiplier))
+        generator = torch.Generator().manual_seed(len(self.ledger))
+        return {key: torch.randn(value.shape, generator=generator) for key, value in shapes.items()}
+
+    monkeypatch.setattr(GaussianMechanism, "release", stub)
+    states = []
+    for images, labels in ((digits[0][:40], digits[1][:40]), (torch.rand(40, 1, 8, 8) * 100, torch.zeros(40, dtype=torch.int64))):
+        torch.manual_seed(0)
+        module = Mlp(lr=0.1)
+        run = fit(tmp_path, module, TensorDataset(images, labels), 5, trainer_options={"max_steps": 12}, noise_multiplier=1.0)
+        optimizer = run.strategy.optimizers[0].state_dict() if run.strategy.optimizers else {}
+        metrics = {k: float(v) for k, v in run.callback_metrics.items() if k != "loss"}  # the user's own metric is not covered
+        states.append((flat(module), run.global_step, len(run.strategy.ledger), str(optimizer), metrics, torch.get_rng_state()))
+    for one, other in zip(*states, strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def test_a_lot_of_nan_keeps_the_public_state_finite(tmp_path, digits):
+    module = Mlp()
+    records = TensorDataset(torch.full((16, 1, 8, 8), float("nan")), digits[1][:16])
+    run = fit(tmp_path, module, records, 16, noise_multiplier=1.0)
+    assert flat(module).isfinite().all()
+    assert len(run.strategy.ledger) == 1
+
+
+def test_rows_that_mix_records_are_refused_before_a_step(tmp_path, digit_records):
+    class Weighted(Mlp):
+        def training_step(self, batch, batch_idx):
+            weights = torch.arange(1.0, 11.0)
+            return F.cross_entropy(self.net(batch[0]), batch[1], weight=weights)
+
+    class Summed(Mlp):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(batch[0]), batch[1], reduction="sum")
+
+    class Repeats(Mlp):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(batch[0].repeat_interleave(4, 0)), batch[1].repeat_interleave(4, 0))
+
+    for kind, message in ((Weighted, "exchanged|removed"), (Summed, "removed"), (Repeats, "16 gradient rows for a lot of 4")):
+        module = kind()
+        start = flat(module)
+        with pytest.raises((RowDependenceError, RuntimeError), match=message):
+            fit(tmp_path, module, digit_records, 16)
+        assert torch.equal(flat(module), start)
+
+
+def test_layers_in_eval_mode_and_batch_statistics_are_refused(tmp_path, digit_records):
+    module = Mlp()
+    module.net[1].eval()
+    with pytest.raises(RuntimeError, match="eval mode"):
+        fit(tmp_path, module, digit_records, 16)
+    module = Mlp()
+    module.net.insert(2, nn.BatchNorm1d(16))
+    with pytest.raises(ValueError, match=r"net\.2 is BatchNorm1d.*GroupNorm"):
+        fit(tmp_path, module, digit_records, 16)
+
+
+def test_a_layer_that_thaws_is_refused(tmp_path, digit_records):
+    class Thaws(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.net[1].requires_grad_(False)
+
+        def on_train_batch_start(self, batch, batch_idx):
+            if batch_idx == 1:
+                self.net[1].requires_grad_(True)
+
+    with pytest.raises(RuntimeError, match=r"net\.1\.bias.*changed|changed.*net\.1\.bias"):
+        fit(tmp_path, Thaws(), digit_records, 16, trainer_options={"max_steps": 3})
+
+
+class Crash(pl.Callback):
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_step == self.at:
+            raise RuntimeError("crash")
+
+
+def test_crash_and_resume_count_everything(tmp_path, digit_records):
+    # Releases 13 before the crash, 10 after the resume from step 10: 23, where a naive count says 20.
+    checkpoints = pl.callbacks.ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=5, save_top_k=-1, filename="{step}")
+    options = {"max_steps": 20, "enable_checkpointing": True}
+    with pytest.raises(RuntimeError, match="crash"):
+        fit(tmp_path, Mlp(), digit_records, 13, trainer_options={**options, "callbacks": [checkpoints, Crash(13)]}, noise_multiplier=1.5)
+    for releases in (23, 33):  # a second resume from the same checkpoint adds again
+        run = trainer(tmp_path, DPStrategy(noise_multiplier=1.5), **options)
+        run.fit(Mlp(), DataLoader(digit_records, batch_size=13), ckpt_path=tmp_path / "ckpt" / "step=10.ckpt")
+        assert run.global_step == 20
+        assert len(run.strategy.ledger) == releases
+    assert len(list((tmp_path / "privacy").glob("*.jsonl"))) == 1
+
+
+def test_a_crashed_run_with_a_budget_ends_early(tmp_path, digit_records):
+    checkpoints = pl.callbacks.ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=5, save_top_k=-1, filename="{step}")
+    options = {"max_steps": 10, "enable_checkpointing": True}
+    with pytest.raises(RuntimeError, match="crash"):
+        fit(tmp_path, Mlp(), digit_records, 16, trainer_options={**options, "callbacks": [checkpoints, Crash(8)]}, epsilon=3.0)
+    resume = {"ckpt_path": tmp_path / "ckpt" / "step=5.ckpt"}
+    run = trainer(tmp_path, DPStrategy(epsilon=3.0), **options)
+    run.fit(Mlp(), DataLoader(digit_records, batch_size=16), **resume)
+    assert run.global_step == 7  # 8 were spent, 2 were left
+    assert run.strategy.epsilon_spent() <= 3.0
+    for other, message in (({"epsilon": 4.0}, "3.0.*4.0"), ({"epsilon": 3.0, "clip_norm": 2.0}, "clip_norm")):
+        with pytest.raises(ValueError, match=message):
+            trainer(tmp_path, DPStrategy(**other), **options).fit(Mlp(), DataLoader(digit_records, batch_size=16), **resume)
+    with pytest.raises(ValueError, match="another plan"):
+        trainer(tmp_path, DPStrategy(epsilon=3.0), **options).fit(Mlp(), DataLoader(digit_records, batch_size=8), **resume)
+    next((tmp_path / "privacy").glob("*.jsonl")).unlink()
+    with pytest.raises(ValueError, match='ledger .* is missing.*"?new'):
+        trainer(tmp_path, DPStrategy(epsilon=3.0), **options).fit(Mlp(), DataLoader(digit_records, batch_size=16), **resume)
+    run = trainer(tmp_path, DPStrategy(epsilon=3.0, ledger="new"), **options)
+    run.fit(Mlp(), DataLoader(digit_records, batch_size=16), **resume)
+    assert len(run.strategy.ledger) == 10  # the checkpoint's 5 were carried over
+    assert run.strategy.notes
+
+
+def test_noise_after_a_resume_is_fresh_under_one_seed(tmp_path, digit_records):
+    weights = []
+    for _ in range(2):
+        pl.seed_everything(0, verbose=False)
+        module = Mlp(zero_loss=True)
+        fit(tmp_path, module, digit_records, 16, noise_multiplier=1.0)
+        weights.append(flat(module))
+    assert (weights[0] != weights[1]).all()
+
+
+def test_a_second_fit_adds_and_a_budget_is_for_all_fits(tmp_path, digit_records):
+    strategy = DPStrategy(noise_multiplier=1.0)
+    run = fit(tmp_path, Mlp(), digit_records, 8, strategy=strategy, trainer_options={"max_steps": 20})
+    first = run.strategy.epsilon_spent()
+    run.fit_loop.epoch_loop.max_steps = 40
+    run.fit(run.lightning_module, DataLoader(digit_records, batch_size=8))
+    assert len(strategy.ledger) == 40
+    assert strategy.epsilon_spent() == pytest.approx(5.79, abs=0.02)
+    assert first == pytest.approx(4.36, abs=0.02)
+
+    strategy = DPStrategy(epsilon=3.0)
+    run = fit(tmp_path, Mlp(), digit_records, 8, strategy=strategy, trainer_options={"max_steps": 5})
+    run.fit_loop.epoch_loop.max_steps = 10
+    for module in (run.lightning_module, Mlp()):
+        with pytest.raises(BudgetExhausted, match="is spent"):
+            run.fit(module, DataLoader(digit_records, batch_size=8))
+    assert len(strategy.ledger) == 5
+
+
+def test_a_given_ledger_is_composed_with_what_it_holds(tmp_path, digit_records):
+    path = tmp_path / "data-set.jsonl"
+    fit(tmp_path, Mlp(), digit_records, 8, noise_multiplier=1.0, ledger=path, trainer_options={"max_steps": 20})
+    run = fit(tmp_path, Mlp(), digit_records, 8, noise_multiplier=1.0, ledger=path, trainer_options={"max_steps": 20})
+    assert run.strategy.epsilon_spent() == pytest.approx(5.79, abs=0.02)
+    with pytest.raises(BudgetExhausted, match="already holds 40 releases"):
+        fit(tmp_path, Mlp(), digit_records, 8, epsilon=3.0, ledger=path)
+
+
+def test_the_budget_stops_a_run_even_with_min_steps(tmp_path, digit_records):
+    other = DPStrategy(epsilon=3.0)
+    run = trainer(tmp_path, other, max_steps=6, min_steps=6)
+
+    class Spends(pl.Callback):
+        def on_train_start(self, trainer, module):
+            event = other.plan.release_event("gradient_sum", other.noise_multiplier)
+            other.ledger.charge(event, 3)  # as a crashed run would have
+
+    run.callbacks.append(Spends())
+    run.fit(Mlp(), DataLoader(digit_records, batch_size=8))
+    assert run.global_step == 3
+    assert other.epsilon_spent() <= 3.0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gradient_clip_val": 1.0}, "gradient_clip_val=1.0.*clip_norm"),
+        ({"accumulate_grad_batches": 2}, "accumulate_grad_batches=2.*batch_size"),
+        ({"overfit_batches": 2}, "overfit_batches=2"),
+        ({"max_steps": -1}, "neither max_steps nor max_epochs"),
+        ({"callbacks": [pl.callbacks.LearningRateFinder()]}, "LearningRateFinder"),
+    ],
+)
+def test_trainer_arguments_that_change_the_guarantee_are_refused(tmp_path, digit_records, options, message):
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, Mlp(), digit_records, 8, epsilon=3.0, trainer_options={"max_epochs": -1, **options})
+
+
+def test_loaders_whose_sampling_would_be_replaced_are_refused(tmp_path, digit_records):
+    loaders = {
+        "WeightedRandomSampler": DataLoader(digit_records, batch_size=8, sampler=WeightedRandomSampler(torch.ones(64), 64)),
+        "batch_sampler": DataLoader(digit_records, batch_sampler=[[0, 1], [2, 3]]),
+        "RandomSampler": DataLoader(digit_records, batch_size=8, sampler=torch.utils.data.RandomSampler(digit_records, num_samples=8)),
+    }
+    for message, loader in loaders.items():
+        with pytest.raises(ValueError, match=message):
+            fit(tmp_path, Mlp(), digit_records, 8, loader)
+    with pytest.raises(ValueError, match=r"100.*64 records"):
+        fit(tmp_path, Mlp(), digit_records, 100)
+    with pytest.raises(ValueError, match="exactly one DataLoader|CombinedLoader"):
+        fit(tmp_path, Mlp(), digit_records, 8, [DataLoader(digit_records, batch_size=8), DataLoader(digit_records, batch_size=8)])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, {"epsilon": 1.0, "noise_multiplier": 1.0}, {"epsilon": 0}, {"epsilon": math.nan}, {"epsilon": 1, "delta": 1}]
+    + [{"epsilon": 1, "clip_norm": value} for value in (0, -1, math.inf)]
+    + [{"noise_multiplier": -1}],
+)
+def test_arguments_out_of_range_are_refused_at_once(arguments):
+    with pytest.raises(ValueError, match=r"(epsilon|delta|clip_norm|noise_multiplier)="):
+        DPStrategy(**arguments)
+
+
+def test_a_checkpoint_without_a_ledger_is_refused(tmp_path, digit_records):
+    plain = pl.Trainer(max_steps=1, default_root_dir=tmp_path, logger=False, accelerator="cpu", enable_progress_bar=False)
+    plain.fit(Mlp(), DataLoader(digit_records, batch_size=8))
+    plain.save_checkpoint(tmp_path / "plain.ckpt")
+    with pytest.raises(ValueError, match="without DPStrategy"):
+        trainer(tmp_path, DPStrategy(epsilon=3.0)).fit(Mlp(), DataLoader(digit_records, batch_size=8), ckpt_path=tmp_path / "plain.ckpt")
+
+
+def test_nothing_is_left_on_the_module_and_the_registry_knows_the_strategy(tmp_path, digit_records):
+    module = Mlp()
+    run = fit(tmp_path, module, digit_records, 8, strategy="dpsgd")
+    assert isinstance(run.strategy, DPStrategy)
+    assert run.strategy.budget.epsilon == 3.0
+    assert not any(hasattr(p, "grad_sample") for p in module.parameters())
+    assert not any("activations" in vars(m) or m._forward_hooks or m._backward_hooks for m in module.modules())
+
+
+def test_several_devices_are_refused_and_the_first_is_used():
+    strategy = DPStrategy(epsilon=1.0)
+    strategy.parallel_devices = [torch.device("cuda:0")]
+    assert strategy.root_device == torch.device("cuda:0")
+    strategy.parallel_devices = [torch.device("cuda:0"), torch.device("cuda:1")]
+    with pytest.raises(ValueError, match="one device and was given 2"):
+        strategy.setup_environment()

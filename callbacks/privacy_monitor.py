@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich.console import Console
+
 from lightning_dpgen._compat import pl
 from lightning_dpgen._validate import positive_int
 from lightning_dpgen.privacy.plan import Relation
 from lightning_dpgen.strategies import DPStrategy
-from rich.console import Console
 
 
 class PrivacyMonitor(pl.Callback):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from rich.console import Console
+
 from lightning_dpgen._compat import pl
 from lightning_dpgen.release.folder import SanitizedRelease, check_target
-from rich.console import Console
 
 
 class ReleaseWriter(pl.Callback):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from lightning_dpgen._compat import pl
 from lightning_dpgen._validate import positive_int
 from lightning_dpgen.generators.base import as_generator, looking_at

@@ -7,9 +7,9 @@ from typing import Any
 
 from lightning_dpgen._compat import pl
 from lightning_dpgen._validate import positive_int
-from lightning_dpgen.generators.base import as_generator, looking_at
 from lightning_dpgen.evaluation.protocols import protocol_named
 from lightning_dpgen.evaluation.tstr import TSTRTable, print_table, tstr
+from lightning_dpgen.generators.base import as_generator, looking_at
 
 
 class TSTREvaluation(pl.Callback):

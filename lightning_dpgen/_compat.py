@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 else:
-    if "lightning.pytorch" in sys.modules and "pytorch_lightning" not in sys.modules:
-        _NAME = "lightning.pytorch"
-    else:
-        _NAME = "pytorch_lightning"
-    pl = importlib.import_module(_NAME)
+    _ONLY_NEW = "lightning.pytorch" in sys.modules and "pytorch_lightning" not in sys.modules
+    pl = importlib.import_module("lightning.pytorch" if _ONLY_NEW else "pytorch_lightning")
 
 
-def submodule(path: str):  # type: ignore[no-untyped-def]
+def submodule(path: str) -> Any:
     """Imports ``path`` below the Lightning in use, for example ``"strategies.launchers"``."""
     return importlib.import_module(f"{pl.__name__}.{path}")

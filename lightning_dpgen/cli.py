@@ -106,7 +106,6 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-
 def run() -> None:
     """Entry point of the console script."""
     sys.exit(main())

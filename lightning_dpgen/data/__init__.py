@@ -1,7 +1,7 @@
 """Private records as data modules."""
 
 from lightning_dpgen.data.base import ImageRecords, PrivateDataModule
-from lightning_dpgen.data.fetch import DataFileError, fetch
+from lightning_dpgen.data.fetch import DataFileError
 from lightning_dpgen.data.known import DigitsDataModule, FashionMNISTDataModule, MNISTDataModule
 from lightning_dpgen.data.user_images import ImagesDataModule
 
@@ -13,5 +13,4 @@ __all__ = [
     "ImagesDataModule",
     "MNISTDataModule",
     "PrivateDataModule",
-    "fetch",
 ]

@@ -79,6 +79,7 @@ class PrivateDataModule(pl.LightningDataModule):
         origin: str = "set by the user",
     ) -> None:
         super().__init__()
+        self.name: str = type(self).__name__.removesuffix("DataModule")
         self.num_classes = positive_int("num_classes", num_classes)
         self.image_shape = image_shape
         self.class_names = class_names
@@ -87,11 +88,6 @@ class PrivateDataModule(pl.LightningDataModule):
         self.origin = origin
         self.train_records: ImageRecords | None = None
         self.test_records: ImageRecords | None = None
-
-    @property
-    def name(self) -> str:
-        """What the data set is called in tables and cards."""
-        return type(self).__name__.removesuffix("DataModule")
 
     def load(self) -> tuple[ImageRecords, ImageRecords | None]:
         """Reads training records and, where there are any, real test records."""

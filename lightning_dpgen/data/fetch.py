@@ -58,7 +58,7 @@ class Source:
 
 
 def raw_folder(root: str | os.PathLike[str], name: str) -> Path:
-    """torchvision's place for the raw files of data set ``name``."""
+    """Torchvision's place for the raw files of data set ``name``."""
     return Path(root) / name / "raw"
 
 

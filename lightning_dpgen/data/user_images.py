@@ -142,7 +142,7 @@ def read_npz(path: str | os.PathLike[str], names: tuple[str, ...], image_shape: 
                 except ValueError as error:
                     raise ValueError(
                         f"{path}: the array {key!r} cannot be read safely ({error}). Save it as {wanted}, for example with "
-                        "np.asarray(list_of_images, dtype=np.uint8); arrays of Python objects are refused because loading them may run code."
+                        "np.asarray(list_of_images, dtype=np.uint8); arrays of Python objects are refused: loading them may run code."
                     ) from error
     except (BadZipFile, EOFError, OSError) as error:
         raise ValueError(f"{path} is not a readable .npz file: {error}") from error

@@ -121,9 +121,7 @@ class PrivateGenerator(pl.LightningModule):
 
 @contextmanager
 def looking_at(generator: PrivateGenerator) -> Iterator[None]:
-    """While sampling for a picture, an evaluation or a release: no gradient is kept, and mode flags and the public random
-    state are as before afterwards.
-    """
+    """Around sampling: no gradient is kept, and mode flags and the public random state are as before afterwards."""
     modes = [(child, child.training) for child in generator.modules()]
     with torch.random.fork_rng(), torch.no_grad():
         try:

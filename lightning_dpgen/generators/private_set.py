@@ -158,6 +158,10 @@ class PrivateSetGeneration(PrivateGenerator):
         ValueError: For arguments out of range.
     """
 
+    labels: Tensor
+    average: Tensor
+    network: ConvNet
+
     def __init__(
         self,
         images_per_class: int = 10,

@@ -80,9 +80,7 @@ class LeNet(_Classifier):
         )
         super().__init__(
             features,
-            lambda n: nn.Sequential(
-                nn.Linear(n, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, num_classes)
-            ),
+            lambda n: nn.Sequential(nn.Linear(n, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, num_classes)),
             image_shape,
         )
 
@@ -169,9 +167,7 @@ class MLP(_Classifier):
     def __init__(self, num_classes: int, image_shape: ImageShape) -> None:
         super().__init__(
             nn.Flatten(),
-            lambda n: nn.Sequential(
-                nn.Linear(n, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, num_classes)
-            ),
+            lambda n: nn.Sequential(nn.Linear(n, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, num_classes)),
             image_shape,
         )
 

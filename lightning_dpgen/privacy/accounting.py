@@ -47,9 +47,7 @@ class Epsilon:
     rdp: float
 
 
-def epsilon(
-    events: Iterable[tuple[ReleaseEvent, int]], delta: float, relation: Relation = Relation.ZERO_OUT
-) -> Epsilon:
+def epsilon(events: Iterable[tuple[ReleaseEvent, int]], delta: float, relation: Relation = Relation.ZERO_OUT) -> Epsilon:
     """ε at ``delta`` of the composition of ``events`` under one relation.
 
     Args:
@@ -216,5 +214,5 @@ def calibrate_noise_multiplier(plan: PrivacyPlan, budget: PrivacyBudget) -> floa
 
 
 def _rounded_up(value: float) -> float:
-    digits = 5 - math.floor(math.log10(value))
-    return math.ceil(value * 10**digits) / 10**digits
+    scale = 10.0 ** (5 - math.floor(math.log10(value)))
+    return math.ceil(value * scale) / scale

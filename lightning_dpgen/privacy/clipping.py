@@ -106,9 +106,7 @@ def zero_sum(like: Mapping[str, Tensor], clip_norm: float) -> ClippedSum:
     return ClippedSum(zeros, clip_norm, _key=_KEY)
 
 
-def per_record_gradients(
-    loss: Callable[..., Tensor], parameters: Mapping[str, Tensor], records: tuple[Tensor, ...]
-) -> Gradients:
+def per_record_gradients(loss: Callable[..., Tensor], parameters: Mapping[str, Tensor], records: tuple[Tensor, ...]) -> Gradients:
     """The gradient of every record's own loss.
 
     Args:
@@ -166,4 +164,3 @@ def tensors_of(total: ClippedSum) -> dict[str, Tensor]:
         Private. Outside a test the mechanism is its only caller.
     """
     return total._tensors
-

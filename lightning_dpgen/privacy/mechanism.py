@@ -77,9 +77,7 @@ class GaussianMechanism:
                 "noise would not fit. Take the clip norm from the plan."
             )
         if self.capped and self.remaining(name) < 1:
-            raise BudgetExhausted(
-                f"release {name!r}: all {release.count} planned releases are spent (ledger {self.ledger.run_id})."
-            )
+            raise BudgetExhausted(f"release {name!r}: all {release.count} planned releases are spent (ledger {self.ledger.run_id}).")
         event = self._events[name]
         self.ledger.charge(event)
         released = {}

@@ -29,9 +29,7 @@ class _AesUniform:
         try:
             from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
         except ImportError as error:
-            raise ImportError(
-                "secure_noise=True needs the package `cryptography`: pip install 'lightning-dpgen[secure]'."
-            ) from error
+            raise ImportError("secure_noise=True needs the package `cryptography`: pip install 'lightning-dpgen[secure]'.") from error
         self._stream = Cipher(algorithms.AES(secrets.token_bytes(32)), modes.CTR(secrets.token_bytes(16))).encryptor()
 
     def uniform(self, count: int) -> NDArray[np.float64]:

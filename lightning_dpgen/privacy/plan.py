@@ -326,6 +326,4 @@ class PrivacyPlan:
 
 def compose(events: list[tuple[ReleaseEvent, int]], relation: Relation = Relation.ZERO_OUT) -> dp_accounting.DpEvent:
     """Release events with their counts as one ``dp_accounting`` event."""
-    return dp_accounting.ComposedDpEvent(
-        [dp_accounting.SelfComposedDpEvent(event.pair(relation).event, count) for event, count in events]
-    )
+    return dp_accounting.ComposedDpEvent([dp_accounting.SelfComposedDpEvent(event.pair(relation).event, count) for event, count in events])

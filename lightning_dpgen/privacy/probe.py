@@ -52,8 +52,7 @@ def _compare(expected: Rows, found: Rows, tolerance: float, change: str) -> None
     moved = [
         name
         for name, value in expected.items()
-        if value.shape != found[name].shape
-        or not torch.allclose(value, found[name], rtol=tolerance, atol=tolerance * scale + 1e-12)
+        if value.shape != found[name].shape or not torch.allclose(value, found[name], rtol=tolerance, atol=tolerance * scale + 1e-12)
     ]
     if moved:
         raise RowDependenceError(

@@ -84,9 +84,7 @@ class ShardBatches(Sampler[list[int]]):
         ValueError: If ``assignment`` does not have one shard number for each record.
     """
 
-    def __init__(
-        self, sampling: DisjointShards, stream: SecretStream, assignment: NDArray[np.int64] | None = None
-    ) -> None:
+    def __init__(self, sampling: DisjointShards, stream: SecretStream, assignment: NDArray[np.int64] | None = None) -> None:
         self.sampling = sampling
         if assignment is None:
             assignment = np.empty(sampling.records, dtype=np.int64)

@@ -99,7 +99,10 @@ def make_certificate(trainer: pl.Trainer, images: int) -> dict[str, Any]:
         "released": _events(released),
         "ledger": {"run": strategy.ledger.run_id, "torn_lines": strategy.ledger.torn_lines},
         "noise": {"source": strategy.noise_source, "limits": NOISE_LIMITS},
-        "generator": {"class": type(module).__name__, "arguments": _plain({k: v for k, v in module.hparams.items() if not k.startswith("_")})},
+        "generator": {
+            "class": type(module).__name__,
+            "arguments": _plain({k: v for k, v in module.hparams.items() if not k.startswith("_")}),
+        },
         "knobs": _plain(knobs),
         "published_without_noise": {
             "records": plan.sampling.records,

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_dpgen._compat import pl
 
 
-def check_trainer(trainer: pl.Trainer, capped: bool) -> None:
+def check_trainer(trainer: Any, capped: bool) -> None:
     """Refuses Trainer arguments that would change what is released.
 
     Args:
@@ -24,8 +24,7 @@ def check_trainer(trainer: pl.Trainer, capped: bool) -> None:
     refusals = []
     if trainer.gradient_clip_val is not None:
         refusals.append(
-            f"gradient_clip_val={trainer.gradient_clip_val} clips the noisy sum, not each record. Remove it; use "
-            "DPStrategy(clip_norm=…)."
+            f"gradient_clip_val={trainer.gradient_clip_val} clips the noisy sum, not each record. Remove it; use DPStrategy(clip_norm=…)."
         )
     if trainer.accumulate_grad_batches != 1:
         refusals.append(
@@ -86,9 +85,7 @@ def check_optimizers(optimizers: list[Any], module: pl.LightningModule) -> None:
         ValueError: Says which optimizer and what to use.
     """
     if len(optimizers) != 1:
-        raise ValueError(
-            f"{type(module).__name__} has {len(optimizers)} optimizers; a module without configure_privacy() must have one."
-        )
+        raise ValueError(f"{type(module).__name__} has {len(optimizers)} optimizers; a module without configure_privacy() must have one.")
     kind = type(getattr(optimizers[0], "optimizer", optimizers[0])).__name__
     if kind == "LBFGS":
         raise ValueError("LBFGS evaluates the loss several times a step, each a release. Use SGD or Adam.")

@@ -8,8 +8,8 @@ from typing import Any, cast
 import torch
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
 
-from lightning_dpgen.privacy.plan import FullPass, PoissonSampling, Sampling
 from lightning_dpgen.privacy.noise import SecretStream
+from lightning_dpgen.privacy.plan import FullPass, PoissonSampling, Sampling
 from lightning_dpgen.privacy.sampling import FullPassChunks, PoissonLots
 
 
@@ -26,6 +26,7 @@ class EmptyAwareCollate:
         self.dataset = dataset
 
     def __call__(self, records: Any) -> Any:
+        """Collates records, or none."""
         if len(records):
             return self.collate(records)
         one = self.collate([self.dataset[0]])

@@ -74,7 +74,7 @@ def probe_module(
         moved = trainer.strategy.batch_to_device(tree_unflatten(filled, structure), device)
         torch.manual_seed(0)
         with trainer.precision_plugin.train_step_context():
-            output = module.training_step(*((moved, 0) if _takes_index(module) else (moved,)))
+            output: Any = module.training_step(*((moved, 0) if _takes_index(module) else (moved,)))
         loss = output["loss"] if isinstance(output, dict) else output
         if loss is None:
             return {name: value.new_zeros((len(batch[0]), *value.shape)) for name, value in engine.parameters.items()}

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import pytorch_lightning as pl
 import torch
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
 from lightning_dpgen import DigitsDataModule, DPStrategy, PrivateSetGeneration
 from lightning_dpgen.generators.private_set import gradient_distance, schedule
 from lightning_dpgen.privacy import GaussianMechanism, PoissonSampling, RowDependenceError, check_row_independence
 from lightning_dpgen.privacy.clipping import per_record_gradients, tensors_of
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
 
 SMALL = {"width": 4}
 SHAPE = {"num_classes": 10, "image_shape": (1, 8, 8)}
@@ -30,6 +33,11 @@ def trainer(tmp_path, steps=4, strategy=None, **options) -> pl.Trainer:
         default_root_dir=tmp_path,
         **{**quiet, **options},
     )
+
+
+class KeepMomentum(pl.Callback):
+    def on_train_end(self, trainer, module):
+        self.momentum = trainer.optimizers[0].state_dict()["state"][0]["momentum_buffer"].clone()
 
 
 class Spy:
@@ -109,17 +117,12 @@ def test_non_interference(tmp_path, monkeypatch, digits, preset):
         torch.manual_seed(0)
         module = generator(preset=preset, images_per_class=1, schedule_overrides={"rounds": 2, "matches": 3})
         run = trainer(tmp_path, 14)
-        optimizer_state = []
-
-        class Keep(pl.Callback):
-            def on_train_end(self, trainer, module):
-                optimizer_state.append(trainer.optimizers[0].state_dict()["state"][0]["momentum_buffer"].clone())
-
-        run.callbacks.append(Keep())
+        keep = KeepMomentum()
+        run.callbacks.append(keep)
         run.fit(module, DataLoader(TensorDataset(images, labels), batch_size=5))
         states.append(
             (
-                {**module.state_dict(), "momentum": optimizer_state[0], "stream": torch.get_rng_state()},
+                {**module.state_dict(), "momentum": keep.momentum, "stream": torch.get_rng_state()},
                 (run.global_step, len(run.strategy.ledger), {k: float(v) for k, v in run.callback_metrics.items()}),
             )
         )
@@ -215,7 +218,7 @@ def test_networks_are_fresh_each_cycle_and_trained_between_rounds(tmp_path, digi
 
     overrides = {"rounds": 2, "matches": 2, "network_epochs": 1}
     trainer(tmp_path, 8, callbacks=[Keep()]).fit(generator(schedule_overrides=overrides), DataLoader(digit_records, batch_size=16))
-    same = [torch.equal(a, b) for a, b in zip(weights, weights[1:], strict=False)]
+    same = [torch.equal(a, b) for a, b in pairwise(weights)]
     assert same == [True, False, True, False, True, False, True]
     trained, fresh = (weights[2] - weights[1]).norm(), (weights[4] - weights[3]).norm()
     assert trained < 0.3 * fresh

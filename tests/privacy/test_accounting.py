@@ -6,6 +6,8 @@ import pytest
 from dp_accounting import NeighboringRelation
 from dp_accounting.pld import PLDAccountant
 from dp_accounting.rdp import RdpAccountant
+from opacus.accountants import PRVAccountant
+
 from lightning_dpgen.privacy import (
     DisjointShards,
     FullPass,
@@ -17,7 +19,6 @@ from lightning_dpgen.privacy import (
     calibrate_noise_multiplier,
     epsilon,
 )
-from opacus.accountants import PRVAccountant
 
 DELTA = 1e-5
 
@@ -92,9 +93,7 @@ def test_several_releases_compose_as_gaussians_do():
     assert plan.epsilon(1.0, DELTA) == pytest.approx(single.epsilon(1 / math.sqrt(1.25), DELTA), abs=2e-3)
 
 
-@pytest.mark.parametrize(
-    ("target", "q", "steps"), [(0.05, 0.01, 1000), (0.5, 0.25, 1), (1, 0.068, 60), (3, 1, 100), (8, 1e-3, 10_000)]
-)
+@pytest.mark.parametrize(("target", "q", "steps"), [(0.05, 0.01, 1000), (0.5, 0.25, 1), (1, 0.068, 60), (3, 1, 100), (8, 1e-3, 10_000)])
 def test_calibration_comes_close_from_below(target, q, steps):
     plan = poisson(q, steps)
     noise = calibrate_noise_multiplier(plan, PrivacyBudget(target, DELTA))

@@ -1,9 +1,10 @@
 import pytest
 import torch
-from lightning_dpgen.nn.classifiers import ConvNet
-from lightning_dpgen.privacy.clipping import ClippedSum, clipped_gradient_sum, clipped_sum, per_record_gradients, row_norms, tensors_of
 from torch.func import functional_call
 from torch.nn import functional as F
+
+from lightning_dpgen.nn.classifiers import ConvNet
+from lightning_dpgen.privacy.clipping import ClippedSum, clipped_gradient_sum, clipped_sum, per_record_gradients, row_norms, tensors_of
 
 
 @pytest.fixture

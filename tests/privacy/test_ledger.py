@@ -1,6 +1,7 @@
 import json
 
 import pytest
+
 from lightning_dpgen.privacy import LedgerError, PoissonSampling, PrivacyLedger, PrivacyPlan, Release
 
 PLAN = PrivacyPlan(PoissonSampling(100, 10), (Release("sum", 1.0, 5),))

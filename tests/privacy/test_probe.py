@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from lightning_dpgen.privacy import RowDependenceError, check_row_independence
 
 

@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+
 from lightning_dpgen.privacy import DisjointShards, FullPass, FullPassChunks, PoissonLots, PoissonSampling, SecretStream, ShardBatches
 
 LOTS = 2000

@@ -7,11 +7,12 @@ import math
 import pytest
 import pytorch_lightning as pl
 import torch
-from lightning_dpgen import DPStrategy
-from lightning_dpgen.privacy import BudgetExhausted, GaussianMechanism, PoissonSampling, RowDependenceError
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
+
+from lightning_dpgen import DPStrategy
+from lightning_dpgen.privacy import BudgetExhausted, GaussianMechanism, PoissonSampling, RowDependenceError
 
 
 class Mlp(pl.LightningModule):

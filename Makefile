@@ -1,0 +1,46 @@
+# Two commands: `make demo` and `make test`. Both install what they need into .venv first and ask nothing.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DATA ?= fashion_mnist
+SHELL := /bin/bash
+
+.PHONY: install demo data test test-slow bench lint clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+data: install
+	$(BIN)/python -m lightning_dpgen.data.fetch --root data
+
+demo: install
+	@if [ "$(DATA)" = fashion_mnist ]; then $(BIN)/python -m lightning_dpgen.data.fetch --root data FashionMNIST; fi
+	@if [ "$(DATA)" = mnist ]; then $(BIN)/python -m lightning_dpgen.data.fetch --root data MNIST; fi
+	$(BIN)/dpgen fit --config examples/configs/psg_$(DATA).yaml
+	$(BIN)/dpgen verify runs/$(DATA)/release
+	@echo "Picture: runs/$(DATA)/release/preview.png   Release: runs/$(DATA)/release   Logs, ledger, checkpoint: runs/$(DATA)"
+
+test: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+test-slow: install data
+	$(BIN)/python -m pytest -m slow
+
+bench: install
+	$(BIN)/python benchmarks/per_record_gradients.py
+	$(BIN)/python benchmarks/lot_memory.py
+
+lint: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

@@ -1,0 +1,155 @@
+import json
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from lightning_dpgen import DigitsDataModule, DPStrategy, PrivateSetGeneration, SanitizedRelease, load_release, verify_release
+from lightning_dpgen.release import InvalidRelease, NotCertifiable
+
+
+def finished(folder, strategy=None, steps=3, **options) -> pl.Trainer:
+    trainer = pl.Trainer(
+        max_steps=steps,
+        strategy=strategy or DPStrategy(epsilon=5.0),
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        **options,
+    )
+    trainer.fit(PrivateSetGeneration(images_per_class=2, schedule_overrides={"width": 4}), DigitsDataModule(batch_size=200))
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    trainer = finished(folder)
+    SanitizedRelease.from_trainer(trainer).save(folder / "release")
+    return folder / "release", trainer
+
+
+@pytest.fixture
+def release(original, tmp_path):
+    import shutil
+
+    return shutil.copytree(original[0], tmp_path / "release")
+
+
+def test_a_release_holds_images_certificate_card_and_preview(original):
+    path, trainer = original
+    assert sorted(p.name for p in path.iterdir()) == ["README.md", "generator.safetensors", "images.npz", "preview.png", "privacy.json"]
+    loaded = load_release(path)
+    module = trainer.lightning_module
+    assert loaded.images.shape == (20, 8, 8)
+    np.testing.assert_array_equal(loaded.images, (module.average[:, 0].clamp(0, 1) * 255).round().to(torch.uint8).numpy())
+    assert loaded.labels.tolist() == module.labels.tolist()
+    image, label = loaded.dataset()[3]
+    assert image.shape == (1, 8, 8)
+    assert label == 1
+    assert torch.equal(loaded.parameters["images"], module.average.clamp(0, 1))
+
+
+def test_the_certificate_says_what_was_spent_and_how(original):
+    path, trainer = original
+    certificate = verify_release(path)
+    strategy = trainer.strategy
+    claim = certificate["claim"]
+    assert claim["epsilon"] == pytest.approx(strategy.plan.epsilon(strategy.noise_multiplier, 1e-5))
+    assert claim["epsilon"] <= 5.0
+    assert certificate["replace_one"]["epsilon"] > claim["epsilon"]
+    assert certificate["second_accountant"]["epsilon"] >= claim["epsilon"]
+    assert certificate["published_without_noise"]["records"] == 1437
+    assert certificate["knobs"]["image_lr"]["origin"].startswith("tuned on MNIST")
+    assert certificate["knobs"]["width"]["origin"] == "set by the user"
+    card = (path / "README.md").read_text(encoding="utf-8")
+    assert f"**{claim['epsilon']:.3f}**" in card
+    assert "outside the guarantee" in card
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: c["claim"].update(epsilon=1.0), "epsilon is stated as 1.0000; the events come to 4"),
+        (lambda c: c["claim"].update(delta=1e-3), "epsilon is stated"),
+        (lambda c: c["replace_one"].update(epsilon=1.0), "replace-one epsilon"),
+        (lambda c: c["second_accountant"].update(epsilon=1.0), "RDP epsilon"),
+        (lambda c: c["claim"].update(relation="replace-one"), "relation"),
+        (lambda c: c.update(noise_multiplier=9.0), "planned events are not those of the plan"),
+        (lambda c: c["released"][0].update(count=2000), "epsilon is stated"),
+        (lambda c: c["planned"][0].update(count=1), "planned events"),
+        (lambda c: c["planned"][0].update(count=-1), "damaged.*below 1"),
+        (lambda c: c["budget"].update(epsilon=1.0), "above the stated budget"),
+        (lambda c: c["published_without_noise"].update(records=5), "number of records"),
+        (lambda c: c.update(format="other/1"), "format"),
+        (lambda c: c.pop("claim"), "damaged"),
+        (lambda c: c.update(images=3), "certificate says"),
+    ],
+)
+def test_an_edited_certificate_is_refused(release, edit, message):
+    file = release / "privacy.json"
+    certificate = json.loads(file.read_text(encoding="utf-8"))
+    edit(certificate)
+    file.write_text(json.dumps(certificate), encoding="utf-8")
+    with pytest.raises(InvalidRelease, match=message):
+        verify_release(release)
+
+
+def test_edited_missing_and_unlisted_files_are_refused(release):
+    (release / "README.md").write_text("better", encoding="utf-8")
+    (release / "preview.png").unlink()
+    (release / "extra").mkdir()
+    (release / "extra" / "records.npz").write_bytes(b"x")
+    with pytest.raises(InvalidRelease) as caught:
+        load_release(release)
+    for part in ("README.md was changed", "preview.png is listed but missing", "extra/records.npz is not listed"):
+        assert part in str(caught.value)
+    (release / "privacy.json").write_text("{", encoding="utf-8")
+    with pytest.raises(InvalidRelease, match="damaged"):
+        verify_release(release)
+    with pytest.raises(InvalidRelease, match="not a release"):
+        verify_release(release / "extra")
+
+
+def test_nothing_but_a_release_is_ever_replaced(original, release, tmp_path):
+    one = load_release(original[0])
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        one.save(release)
+    one.save(release, overwrite=True)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("x")
+    with pytest.raises(FileExistsError, match="not a release"):
+        one.save(mine, overwrite=True)
+    assert (mine / "thesis.tex").exists()
+
+
+def test_no_claim_without_noise_or_strategy(tmp_path):
+    trainer = finished(tmp_path, DPStrategy(noise_multiplier=0.0))
+    with pytest.raises(NotCertifiable, match="epsilon=inf"):
+        SanitizedRelease.from_trainer(trainer)
+    with pytest.raises(NotCertifiable, match="DPStrategy"):
+        SanitizedRelease.from_trainer(pl.Trainer(logger=False, accelerator="cpu"))
+
+
+def test_a_run_stopped_early_claims_the_plan(tmp_path):
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            trainer.should_stop = trainer.global_step == 2
+
+    trainer = finished(tmp_path, DPStrategy(noise_multiplier=1.0), steps=8, callbacks=[Stop()])
+    certificate = SanitizedRelease.from_trainer(trainer).certificate
+    assert len(trainer.strategy.ledger) == 2
+    assert certificate["claim"]["basis"] == "plan"
+    assert certificate["claim"]["epsilon"] == pytest.approx(trainer.strategy.plan.epsilon(1.0, 1e-5))
+    assert certificate["claim"]["epsilon"] > trainer.strategy.epsilon_spent()
+
+
+def test_nothing_private_is_in_the_release(original):
+    text = (original[0] / "privacy.json").read_text(encoding="utf-8") + (original[0] / "README.md").read_text(encoding="utf-8")
+    assert str(original[0].parent) not in text
+    assert "ckpt" not in text

@@ -1,0 +1,142 @@
+"""The command line, driven as a user drives it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from lightning_dpgen import load_release
+from lightning_dpgen.cli import main
+
+CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
+SMALL = [
+    "--trainer.accelerator=cpu",
+    "--trainer.enable_progress_bar=false",
+    '--model.schedule_overrides={"width": 4, "image_steps": 1}',
+    "--model.images_per_class=1",
+]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def own_images(root: Path) -> None:
+    generator = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for name in ("cat", "dog"):
+            folder = root / "images" / part / name
+            folder.mkdir(parents=True)
+            for number in range(20):
+                pixels = generator.integers(0, 256, (28, 28), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_example_config_runs_and_makes_a_release(config, place, idx_root):
+    settings = yaml.safe_load(config.read_text())
+    arguments = ["fit", "--config", str(config), *SMALL]
+    evaluation = next(i for i, c in enumerate(settings["trainer"]["callbacks"]) if c["class_path"] == "TSTREvaluation")
+    settings["trainer"]["callbacks"][evaluation]["init_args"] = {"seeds": [0], "classifiers": ["LogReg"]}
+    if settings["model"]["init_args"]["preset"] == "published":
+        settings["trainer"]["max_steps"] = 2
+    else:
+        settings["trainer"]["max_epochs"] = 1
+    if "root" in settings["data"]["init_args"]:
+        settings["data"]["init_args"]["root"] = str(idx_root)
+    if settings["data"]["class_path"] == "ImagesDataModule":
+        own_images(place)
+    settings["data"]["init_args"]["batch_size"] = 20
+    (place / "small.yaml").write_text(yaml.safe_dump(settings))
+    arguments[2] = "small.yaml"
+    assert main(arguments) == 0
+    release = place / settings["trainer"]["callbacks"][-1]["init_args"]["path"]
+    assert load_release(release).epsilon <= 10
+    assert main(["verify", str(release)]) == 0
+    assert not [path for path in place.rglob("*") if ":" in path.name]
+
+
+def digits(place: Path, *more: str) -> list[str]:
+    return ["fit", "--config", str(CONFIGS / "psg_digits.yaml"), *SMALL, "--trainer.max_epochs=2", "--trainer.callbacks=[]", *more]
+
+
+WRITER = ["--trainer.callbacks+=ReleaseWriter", "--trainer.callbacks.path=release", "--trainer.callbacks.overwrite=true"]
+
+
+def test_fit_twice_in_one_directory_and_again_from_the_saved_config(place):
+    assert main(digits(place, *WRITER)) == 0
+    first = load_release("release").certificate
+    saved = sorted(place.rglob("config.yaml"))[0]
+    assert main(digits(place, *WRITER)) == 0
+    assert main(["fit", "--config", str(saved)]) == 0
+    again = load_release("release").certificate
+    assert again["noise_multiplier"] == first["noise_multiplier"]
+    assert again["ledger"]["run"] != first["ledger"]["run"]
+
+
+def test_the_seed_of_a_config_fixes_the_start_and_not_the_secrets(place):
+    for _ in range(2):
+        assert main(digits(place, "--seed_everything=0", "--trainer.max_epochs=1", *WRITER)) == 0
+    one, other = (torch.load(p, weights_only=True)["state_dict"] for p in sorted(place.rglob("*.ckpt")))
+    assert not torch.equal(one["images"], other["images"])  # same initial images and network, other noise
+    assert torch.equal(one["labels"], other["labels"])
+
+
+def test_generate_and_evaluate(place, capsys):
+    assert main(digits(place, *WRITER)) == 0
+    assert main(["generate", "release", "images", "--per_class", "3"]) == 0
+    assert len(list((place / "images").rglob("*.png"))) == 30
+    assert main(["generate", "release", "images.npz", "--per_class=2", "--format=npz"]) == 0
+    assert np.load("images.npz")["images"].shape == (20, 8, 8)
+    assert main(["generate", "release", "images"]) == 1
+    assert main(["evaluate", "release", "--data", "digits", "--seeds", "1"]) == 0
+    table = json.loads((place / "release-evaluation" / "tstr-quick.json").read_text())
+    rows = list(csv.DictReader(open(place / "release-evaluation" / "tstr-quick.csv")))
+    assert {row["classifier"] for row in rows} == set(table["classifiers"]) == {"ConvNet32", "LeNet", "MLP", "LogReg"}
+    assert main(["evaluate", "release", "--data", "MNIST", "--root", "nowhere"]) == 1
+    assert "is missing" in capsys.readouterr().err
+
+
+def test_calibrate_prints_a_table_without_data(place, capsys):
+    assert main(["calibrate", "--records=60000", "--batch_size=4096", "--steps=[60]", "--epsilon=[10.0]"]) == 0
+    table = capsys.readouterr().out
+    assert "0.6494" in table
+    assert main(["calibrate", "--records=60000", "--batch_size=256", "--steps=100000", "--noise_multiplier=0.966"]) == 0
+    assert "9.28" in capsys.readouterr().out
+    assert main(["calibrate", "--records=100", "--batch_size=10", "--steps=5"]) == 1
+    assert main(["calibrate", "--records=100", "--batch_size=1000", "--steps=5", "--epsilon=1.0"]) == 1
+    assert "larger than the 100 records" in capsys.readouterr().err
+
+
+def test_mistakes_are_named(place, capsys):
+    with pytest.raises(SystemExit):
+        main(digits(place, "--trainer.strategy.init_args.epsilonn=3"))
+    assert "epsilonn" in capsys.readouterr().err
+    assert main(digits(place, "--trainer.strategy.init_args.epsilon=0")) == 1
+    assert "epsilon=0" in capsys.readouterr().err
+    assert main(["verify", "nothing"]) == 1
+    assert main(["fly"]) == 2
+    assert main([]) == 0
+    captured = capsys.readouterr()
+    assert "not a release" in captured.err
+    assert "no command 'fly'" in captured.err
+    assert "calibrate" in captured.out
+
+
+def test_resume_with_another_budget_is_refused_with_both_values(place, capsys):
+    assert main(digits(place)) == 0
+    checkpoint = next(place.rglob("*.ckpt"))
+    capsys.readouterr()
+    assert main(digits(place, f"--ckpt_path={checkpoint}", "--trainer.strategy.init_args.epsilon=3")) == 1
+    message = capsys.readouterr().err
+    assert "10.0" in message
+    assert "3.0" in message

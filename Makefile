@@ -16,11 +16,11 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 data: install
-	$(BIN)/python -m lightning_dpgen.data.fetch --root data
+	$(BIN)/python -W ignore::RuntimeWarning -m lightning_dpgen.data.fetch --root data
 
 demo: install
-	@if [ "$(DATA)" = fashion_mnist ]; then $(BIN)/python -m lightning_dpgen.data.fetch --root data FashionMNIST; fi
-	@if [ "$(DATA)" = mnist ]; then $(BIN)/python -m lightning_dpgen.data.fetch --root data MNIST; fi
+	@if [ "$(DATA)" = fashion_mnist ]; then $(BIN)/python -W ignore::RuntimeWarning -m lightning_dpgen.data.fetch --root data FashionMNIST; fi
+	@if [ "$(DATA)" = mnist ]; then $(BIN)/python -W ignore::RuntimeWarning -m lightning_dpgen.data.fetch --root data MNIST; fi
 	$(BIN)/dpgen fit --config examples/configs/psg_$(DATA).yaml
 	$(BIN)/dpgen verify runs/$(DATA)/release
 	@echo "Picture: runs/$(DATA)/release/preview.png   Release: runs/$(DATA)/release   Logs, ledger, checkpoint: runs/$(DATA)"

@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 import torch
+
 from lightning_dpgen.generators import PrivateSetGeneration
 from lightning_dpgen.privacy.clipping import clipped_gradient_sum
 

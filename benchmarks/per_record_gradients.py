@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable
 
 import torch
-from lightning_dpgen.nn.classifiers import ConvNet
-from lightning_dpgen.privacy.clipping import clipped_gradient_sum, clipped_sum, per_record_gradients
 from opacus.grad_sample import GradSampleHooks
 from torch.func import functional_call
 from torch.nn import functional as F
+
+from lightning_dpgen.nn.classifiers import ConvNet
+from lightning_dpgen.privacy.clipping import clipped_gradient_sum, clipped_sum, per_record_gradients
 
 LOT, CLIP, REPEATS = 256, 0.1, 9
 

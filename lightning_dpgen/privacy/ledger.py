@@ -41,6 +41,7 @@ class PrivacyLedger:
     Args:
         path: The JSON-lines file; created with its folder if it does not exist. ``None`` keeps the ledger in memory, for
             tests and notebooks.
+        run_id: The name of a new ledger; drawn at random if not given. A file keeps the one that it has.
 
     Attributes:
         run_id: Names the run; written into checkpoints and certificates.
@@ -53,9 +54,9 @@ class PrivacyLedger:
         LedgerError: If the file is damaged anywhere but in its last line.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None, run_id: str | None = None) -> None:
         self.path = None if path is None else Path(path)
-        self.run_id = uuid.uuid4().hex[:12] if self.path is None else self.path.stem
+        self.run_id = run_id or uuid.uuid4().hex[:12]
         self.torn_lines = 0
         self._counts: Counter[ReleaseEvent] = Counter()
         self._chain = ""

@@ -6,6 +6,7 @@ import logging
 import os
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -101,6 +102,7 @@ class DPStrategy(pl.strategies.SingleDeviceStrategy):
         self._records = 0
         self._batch_size = 0
         self._restored: dict[str, Any] | None = None
+        self._prepared = False
 
     # What a run has spent ------------------------------------------------------------------------------------------
 
@@ -188,14 +190,24 @@ class DPStrategy(pl.strategies.SingleDeviceStrategy):
         loader = check_loader(dataloader)
         self._records = len(cast(Any, loader.dataset))
         self._batch_size = cast(int, loader.batch_size)
-        return private_loader(loader, self._plan_of(module, 1).sampling, self._stream)
+        sampling = self._plan_of(module, 1).sampling
+        if self._prepared and sampling != self.plan.sampling:
+            raise ValueError(
+                f"the training loader changed within a fit: the plan is accounted for {self.plan.sampling}, the new loader is "
+                f"{sampling}. Keep the data and batch_size (reload_dataloaders_every_n_epochs=0)."
+            )
+        return private_loader(loader, sampling, self._stream)
 
     def on_train_start(self) -> None:
         """Checks the loader once more and, for a user's module, that rows depend on their own records."""
         trainer = cast(pl.LightningModule, self.lightning_module).trainer
         loader = trainer.train_dataloader
-        if not isinstance(loader, DataLoader):
-            raise ValueError(f"the training data is a {type(loader).__name__}; a private run needs exactly one DataLoader.")
+        sampling = getattr(getattr(loader, "batch_sampler", None), "sampling", None)
+        if not isinstance(loader, DataLoader) or sampling != self.plan.sampling:
+            raise ValueError(
+                f"the training data is a {type(loader).__name__} sampled by {sampling}; a private run needs exactly one DataLoader, "
+                f"sampled as planned: {self.plan.sampling}."
+            )
         if self._engine is not None:
             self._engine.check_modes()
             probe_module(trainer, cast(pl.LightningModule, self.lightning_module), loader, self._engine, self.root_device)
@@ -240,6 +252,7 @@ class DPStrategy(pl.strategies.SingleDeviceStrategy):
 
     def teardown(self) -> None:
         """Leaves the module without hooks."""
+        self._prepared = False
         if self._engine is not None:
             self._engine.detach()
             self._engine = None
@@ -274,7 +287,7 @@ class DPStrategy(pl.strategies.SingleDeviceStrategy):
             )
         previous, self._restored = self._restored, None
         if self.mechanism is not None and self.budget is not None:
-            plan = self.mechanism.plan  # a target ε is for all fits of this strategy together
+            plan = self._first_plan(plan)
         if previous is not None:
             self._check_same(previous, plan)
         if self.mechanism is not None:
@@ -286,11 +299,23 @@ class DPStrategy(pl.strategies.SingleDeviceStrategy):
             ledger.merge({ReleaseEvent.from_dict(event): count for event, count in previous["released"]})
         self.mechanism = GaussianMechanism(plan, noise, ledger, self._stream, capped=self.budget is not None)
         self._check_budget()
+        self._prepared = True
         log.info(self.summary())
         if self._owns_releases(module):
             cast(Any, module).mechanism = self.mechanism
         else:
             self._engine = PerRecordEngine(module, plan.releases[0].clip_norm)
+
+    def _first_plan(self, plan: PrivacyPlan) -> PrivacyPlan:
+        """The plan that this strategy's ε was calibrated for: a target ε is for all its fits together."""
+        first = self._ready().plan
+        uncounted = [replace(p, releases=tuple(replace(r, count=1) for r in p.releases)) for p in (first, plan)]
+        if uncounted[0] != uncounted[1]:
+            raise ValueError(
+                f"this strategy's epsilon was calibrated for {first}; this fit plans {plan}. Use a DPStrategy of its own, with "
+                "ledger=… the earlier ledger's path if the records are the same."
+            )
+        return first
 
     def _noise(self, plan: PrivacyPlan, previous: dict[str, Any] | None) -> float:
         if previous is not None:
@@ -301,21 +326,21 @@ class DPStrategy(pl.strategies.SingleDeviceStrategy):
 
     def _open_ledger(self, trainer: pl.Trainer, previous: dict[str, Any] | None) -> PrivacyLedger:
         argument = self._ledger_argument
-        if argument is not None and argument != NEW_LEDGER:
-            return PrivacyLedger(argument)
-        folder = Path(trainer.default_root_dir) / "privacy"
-        if previous is None:
-            return PrivacyLedger(folder / f"{uuid.uuid4().hex[:12]}.jsonl")
-        path = folder / f"{previous['run']}.jsonl"
-        if not path.exists() and argument != NEW_LEDGER:
-            raise ValueError(
-                f"the checkpoint's ledger {path} is missing: releases made after the checkpoint would be forgotten. Restore the "
-                f"file, give its place with DPStrategy(ledger=…), or accept a new one with DPStrategy(ledger={NEW_LEDGER!r}), which "
-                "the certificate will state."
-            )
-        if not path.exists():
+        run = uuid.uuid4().hex[:12] if previous is None else str(previous["run"])
+        given = argument is not None and argument != NEW_LEDGER
+        path = Path(cast(str, argument)) if given else Path(trainer.default_root_dir) / "privacy" / f"{run}.jsonl"
+        if previous is not None and not path.exists():
+            if argument != NEW_LEDGER:
+                raise ValueError(
+                    f"the checkpoint's ledger {path} is missing: releases made after the checkpoint would be forgotten. Restore the "
+                    f"file, give its place with DPStrategy(ledger=…), or accept a new one with DPStrategy(ledger={NEW_LEDGER!r}), "
+                    "which the certificate will state."
+                )
             self.notes.append("The ledger file of an earlier part of this run was lost; its checkpoint's counts were carried over.")
-        return PrivacyLedger(path)
+        ledger = PrivacyLedger(path, run)
+        if previous is not None and ledger.run_id != run:
+            raise ValueError(f"the checkpoint belongs to ledger {run}; {path} is ledger {ledger.run_id}. Give the path of ledger {run}.")
+        return ledger
 
     def _check_same(self, previous: dict[str, Any], plan: PrivacyPlan) -> None:
         now = self._claims(plan)

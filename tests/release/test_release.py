@@ -64,7 +64,7 @@ def test_the_certificate_says_what_was_spent_and_how(original):
     assert certificate["replace_one"]["epsilon"] > claim["epsilon"]
     assert certificate["second_accountant"]["epsilon"] >= claim["epsilon"]
     assert certificate["published_without_noise"]["records"] == 1437
-    assert certificate["knobs"]["image_lr"]["origin"].startswith("tuned on MNIST")
+    assert certificate["knobs"]["image_lr"]["origin"].startswith("tuned, with lots of 2,048 and 120 steps, on MNIST")
     assert certificate["knobs"]["width"]["origin"] == "set by the user"
     card = (path / "README.md").read_text(encoding="utf-8")
     assert f"**{claim['epsilon']:.3f}**" in card

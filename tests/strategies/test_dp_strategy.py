@@ -302,6 +302,34 @@ def test_a_given_ledger_is_composed_with_what_it_holds(tmp_path, digit_records):
         fit(tmp_path, Mlp(), digit_records, 8, epsilon=3.0, ledger=path)
 
 
+def test_a_later_fit_with_another_plan_is_refused_under_a_budget(tmp_path, digit_records):
+    strategy = DPStrategy(epsilon=3.0)
+    run = fit(tmp_path, Mlp(), digit_records, 8, strategy=strategy, trainer_options={"max_steps": 2})
+    run.fit_loop.epoch_loop.max_steps = 4
+    with pytest.raises(ValueError, match=r"expected_batch_size=8.*expected_batch_size=16"):
+        run.fit(Mlp(), DataLoader(digit_records, batch_size=16))
+
+
+def test_a_loader_that_changes_within_a_fit_is_refused(tmp_path, digit_records):
+    class Grows(Mlp):
+        def train_dataloader(self):
+            return DataLoader(digit_records, batch_size=8 if self.trainer.current_epoch == 0 else 16)
+
+    run = trainer(tmp_path, DPStrategy(noise_multiplier=1.0), max_steps=-1, max_epochs=2, reload_dataloaders_every_n_epochs=1)
+    with pytest.raises(ValueError, match="changed within a fit"):
+        run.fit(Grows())
+
+
+def test_the_ledger_of_another_run_is_refused_on_resume(tmp_path, digit_records):
+    run = fit(tmp_path, Mlp(), digit_records, 8, noise_multiplier=1.0, ledger=tmp_path / "one.jsonl", trainer_options={"max_steps": 4})
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    fit(tmp_path, Mlp(), digit_records, 8, noise_multiplier=1.0, ledger=tmp_path / "other.jsonl", trainer_options={"max_steps": 4})
+    for path, message in (("other.jsonl", "belongs to ledger"), ("nothing.jsonl", "is missing")):
+        again = trainer(tmp_path, DPStrategy(noise_multiplier=1.0, ledger=tmp_path / path), max_steps=6)
+        with pytest.raises(ValueError, match=message):
+            again.fit(Mlp(), DataLoader(digit_records, batch_size=8), ckpt_path=tmp_path / "one.ckpt")
+
+
 def test_the_budget_stops_a_run_even_with_min_steps(tmp_path, digit_records):
     other = DPStrategy(epsilon=3.0)
     run = trainer(tmp_path, other, max_steps=6, min_steps=6)

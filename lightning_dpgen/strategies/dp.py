@@ -230,12 +230,18 @@ class DPStrategy(pl.strategies.SingleDeviceStrategy):
         if self._engine is None:
             return super().optimizer_step(optimizer, closure, model, **kwargs)
 
+        engine = self._engine
+
         def private_closure() -> Any:
             loss = closure()
-            self._release_gradient(cast(PerRecordEngine, self._engine))
+            self._release_gradient(engine)
             return loss
 
-        output = super().optimizer_step(optimizer, private_closure, model, **kwargs)
+        engine.stepping = True
+        try:
+            output = super().optimizer_step(optimizer, private_closure, model, **kwargs)
+        finally:
+            engine.stepping = False
         self._stop_if_spent()
         return output
 
@@ -254,6 +260,7 @@ class DPStrategy(pl.strategies.SingleDeviceStrategy):
         """Leaves the module without hooks."""
         self._prepared = False
         if self._engine is not None:
+            self._guard.remove()
             self._engine.detach()
             self._engine = None
         super().teardown()
@@ -305,6 +312,8 @@ class DPStrategy(pl.strategies.SingleDeviceStrategy):
             cast(Any, module).mechanism = self.mechanism
         else:
             self._engine = PerRecordEngine(module, plan.releases[0].clip_norm)
+            engine, optimizer = self._engine, self.optimizers[0]
+            self._guard = optimizer.register_step_pre_hook(lambda *_: engine.guard(optimizer))
 
     def _first_plan(self, plan: PrivacyPlan) -> PrivacyPlan:
         """The plan that this strategy's ε was calibrated for: a target ε is for all its fits together."""

@@ -26,6 +26,7 @@ class PerRecordEngine:
     def __init__(self, module: nn.Module, clip_norm: float) -> None:
         self.module = module
         self.clip_norm = clip_norm
+        self.stepping = False
         self._hooks: list[GradSampleHooks] = []
         for child in module.children():
             if any(parameter.requires_grad for parameter in child.parameters()):
@@ -35,6 +36,25 @@ class PerRecordEngine:
 
     def _buffer_versions(self) -> dict[str, tuple[int, int]]:
         return {name: (id(buffer), buffer._version) for name, buffer in self.module.named_buffers()}
+
+    def guard(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raises if ``optimizer`` steps anything that this engine does not clip; called before every step.
+
+        Raises:
+            RuntimeError: Says how many such parameters there are, or that the strategy was passed by.
+        """
+        if not self.stepping:
+            raise RuntimeError(
+                "the optimizer was stepped round DPStrategy, on a gradient that was neither clipped nor noised. Step it through "
+                "Lightning: leave optimizer_step() to the Trainer."
+            )
+        known = {id(parameter) for parameter in self.parameters.values()}
+        strange = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad and id(p) not in known]
+        if strange:
+            raise RuntimeError(
+                f"the optimizer holds {len(strange)} trainable parameters that are not the module's (shapes "
+                f"{[tuple(p.shape) for p in strange[:4]]}): their gradients would not be clipped. Register them in a layer of the module."
+            )
 
     def check_modes(self) -> None:
         """Raises if a layer with trainable parameters is in eval mode, where its per-record gradients are not recorded.

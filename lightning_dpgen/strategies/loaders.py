@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sized
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
 
@@ -34,7 +35,10 @@ class EmptyAwareCollate:
 
 
 def _empty(leaf: Any) -> Any:
-    return leaf[:0] if isinstance(leaf, torch.Tensor) and leaf.dim() else leaf
+    """Nothing of a leaf but its type: the record that the structure is copied from was not sampled."""
+    if isinstance(leaf, (torch.Tensor, np.ndarray)):
+        return leaf[:0] if leaf.ndim else leaf * 0
+    return type(leaf)() if isinstance(leaf, (str, bytes, int, float)) else None
 
 
 def check_loader(loader: object) -> DataLoader[Any]:

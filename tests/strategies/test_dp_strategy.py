@@ -302,6 +302,30 @@ def test_a_given_ledger_is_composed_with_what_it_holds(tmp_path, digit_records):
         fit(tmp_path, Mlp(), digit_records, 8, epsilon=3.0, ledger=path)
 
 
+def test_stepping_round_the_strategy_and_strange_parameters_are_refused(tmp_path, digit_records):
+    class Round(Mlp):
+        def on_train_batch_end(self, *args):
+            self.optimizers(use_pl_optimizer=False).step()
+
+    class Strange(Mlp):
+        def configure_optimizers(self):
+            return torch.optim.SGD([*self.parameters(), torch.ones(3, requires_grad=True)], lr=1.0)
+
+    for kind, message in ((Round, "round DPStrategy"), (Strange, r"1 trainable parameters.*\(3,\)")):
+        with pytest.raises(RuntimeError, match=message):
+            fit(tmp_path, kind(), digit_records, 16)
+
+
+def test_an_empty_lot_shows_nothing_of_the_record_that_its_structure_comes_from():
+    from lightning_dpgen.strategies.loaders import EmptyAwareCollate
+
+    records = [{"x": torch.ones(3), "meta": {"id": 7, "name": "secret"}}]
+    empty = EmptyAwareCollate(torch.utils.data.default_collate, records)([])
+    assert empty["x"].shape == (0, 3)
+    assert empty["meta"]["id"].shape == (0,)
+    assert "secret" not in str(empty)
+
+
 def test_a_later_fit_with_another_plan_is_refused_under_a_budget(tmp_path, digit_records):
     strategy = DPStrategy(epsilon=3.0)
     run = fit(tmp_path, Mlp(), digit_records, 8, strategy=strategy, trainer_options={"max_steps": 2})

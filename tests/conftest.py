@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 
 logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module="pytorch_lightning")
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the tensors of these tests are too small to share
 
 
 @pytest.fixture(scope="session")

@@ -41,13 +41,14 @@ class PerRecordEngine:
         """Raises if ``optimizer`` steps anything that this engine does not clip; called before every step.
 
         Raises:
-            RuntimeError: Says how many such parameters there are, or that the strategy was passed by.
+            RuntimeError: Says what changed, how many such parameters there are, or that the strategy was passed by.
         """
         if not self.stepping:
             raise RuntimeError(
                 "the optimizer was stepped round DPStrategy, on a gradient that was neither clipped nor noised. Step it through "
                 "Lightning: leave optimizer_step() to the Trainer."
             )
+        self.check_unchanged()
         known = {id(parameter) for parameter in self.parameters.values()}
         strange = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad and id(p) not in known]
         if strange:

@@ -209,7 +209,7 @@ def calibrate_noise_multiplier(plan: PrivacyPlan, budget: PrivacyBudget) -> floa
             outside, outside_epsilon = guess, guess_epsilon
     rounded = _rounded_up(inside)
     while epsilon(plan.events(rounded), budget.delta).value > budget.epsilon:
-        rounded = _rounded_up(min(1.005 * rounded, high))
+        rounded = _rounded_up(1.005 * rounded)
     return rounded
 
 

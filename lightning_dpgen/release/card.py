@@ -30,7 +30,7 @@ size_categories:
 # A synthetic image data set under differential privacy
 
 {certificate["images"]} labelled images of {height} × {width} pixels, {channels} channel{"s" if channels > 1 else ""}, made by
-`{certificate["generator"]["class"]}` of lightning-dpgen from {public["records"]} private records. None of them is a record.
+`{certificate["generator"]["class"]}` of lightning-dpgen from {public["records"]} private records.
 
 ![preview](preview.png)
 

@@ -31,8 +31,8 @@ def check_trainer(trainer: Any, capped: bool) -> None:
             f"accumulate_grad_batches={trainer.accumulate_grad_batches} mixes lots. Remove it and give the DataLoader the "
             "larger batch_size."
         )
-    if str(trainer.precision) in ("16-mixed", "16-true", "transformer-engine-float16"):
-        refusals.append(f"precision={trainer.precision!r} loses clipped norms to float16. Use '32-true' or 'bf16-mixed'.")
+    if str(trainer.precision) in ("16-mixed", "bf16-mixed", "16-true", "bf16-true", "transformer-engine-float16"):
+        refusals.append(f"precision={trainer.precision!r} would round clipped sums before the noise. Use '32-true'.")
     if trainer.overfit_batches:
         refusals.append(f"overfit_batches={trainer.overfit_batches} fixes the lots. Remove it; use limit_train_batches.")
     if capped and trainer.max_steps == -1 and (trainer.max_epochs is None or trainer.max_epochs == -1):

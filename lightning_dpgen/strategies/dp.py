@@ -177,6 +177,11 @@ class DPStrategy(pl.strategies.SingleDeviceStrategy):
         check_trainer(trainer, capped=self.budget is not None)
         if not self._owns_releases(module):
             check_user_module(module)
+        elif module.automatic_optimization:
+            raise ValueError(
+                f"{type(module).__name__} has configure_privacy() and automatic optimization, which would step on raw gradients. Set "
+                "automatic_optimization = False and step on what self.mechanism.release() returns."
+            )
         super().setup(trainer)
         if not self._owns_releases(module):
             check_optimizers(self.optimizers, module)
@@ -233,6 +238,7 @@ class DPStrategy(pl.strategies.SingleDeviceStrategy):
         engine = self._engine
 
         def private_closure() -> Any:
+            engine.stepping = False  # the hook has let this step pass; none may follow within the closure
             loss = closure()
             self._release_gradient(engine)
             return loss

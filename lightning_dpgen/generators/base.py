@@ -30,7 +30,8 @@ class PrivateGenerator(pl.LightningModule):
         mechanism: The one way out for what is computed from records; set by the strategy before ``on_fit_start``.
 
     Privacy:
-        ``num_classes`` and ``image_shape`` are declared by a person, never read from the records.
+        ``num_classes`` and ``image_shape`` are declared by a person, never read from the records. What a subclass saves with
+        ``save_hyperparameters`` is published in its releases.
     """
 
     mechanism: GaussianMechanism
@@ -85,6 +86,11 @@ class PrivateGenerator(pl.LightningModule):
     def load_public_state(self, state: dict[str, Tensor]) -> None:
         """The inverse of :meth:`public_state`: what a release's generator is restored from."""
         raise NotImplementedError
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remembers under which ledger the loaded weights were made."""
+        if "privacy" in checkpoint:
+            vars(self)["trained_under"] = checkpoint["privacy"]["run"]
 
     def knobs(self) -> dict[str, dict[str, Any]]:
         """Every setting that shaped the result, with where its value came from: ``{name: {"value": …, "origin": …}}``."""

@@ -40,6 +40,8 @@ class MatchingSchedule:
         network_epochs: Steps of SGD on the synthetic set between rounds.
         network_lr: Their learning rate.
         image_steps: Image steps for each release.
+        replay: Whether all image steps but the first go back to a random earlier release and its network: what was paid for
+            once is matched many times.
         image_rule: ``"sgd"`` (published): plain SGD on unbounded images. ``"pixels"``: the gradient is scaled to a root mean
             square of 1, so that ``image_lr`` is in pixel values whatever the data; the rate falls to 2 % as a half cosine over
             the planned steps; after each step the images are projected to [0, 1], where they will be published.
@@ -58,6 +60,7 @@ class MatchingSchedule:
     network_epochs: int
     network_lr: float
     image_steps: int
+    replay: bool
     image_rule: str
     image_lr: float
     image_momentum: float
@@ -106,6 +109,7 @@ def schedule(preset: str, images_per_class: int) -> MatchingSchedule:
         network_epochs=epochs,
         network_lr=0.01,
         image_steps=1,
+        replay=False,
         image_rule="sgd",
         image_lr=0.1,
         image_momentum=0.5,
@@ -123,7 +127,8 @@ CPU = MatchingSchedule(
     matches=1,
     network_epochs=1,
     network_lr=0.01,
-    image_steps=10,
+    image_steps=20,
+    replay=True,
     image_rule="pixels",
     image_lr=0.02,
     image_momentum=0.5,
@@ -196,6 +201,21 @@ class PrivateSetGeneration(PrivateGenerator):
         self.register_buffer("labels", torch.arange(self.num_classes).repeat_interleave(self.images_per_class))
         self.register_buffer("average", self.images.detach().clone())
         self.network = self._fresh_network()
+        self._asked: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the networks that were asked about and what was released of them, which later image steps go back to."""
+        checkpoint["asked"] = self._asked
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes them back."""
+        super().on_load_checkpoint(checkpoint)
+        self._asked = checkpoint["asked"]
+
+    def on_train_start(self) -> None:
+        """Puts what a checkpoint held where the network is."""
+        moved = [[{name: value.to(self.device) for name, value in part.items()} for part in pair] for pair in self._asked]
+        self._asked = [(network, target) for network, target in moved]
 
     def configure_privacy(self, records: int, steps: int, batch_size: int) -> PrivacyPlan:
         """One clipped gradient sum a step, from a Poisson lot of expected size ``batch_size``."""
@@ -219,10 +239,16 @@ class PrivateSetGeneration(PrivateGenerator):
         released = self.mechanism.release(GRADIENT_SUM, total)
         sampling = cast(PoissonSampling, self.mechanism.plan.sampling)
         target = {name: value / sampling.expected_batch_size for name, value in released.items()}
+        latest = ({name: value.clone() for name, value in self.network.state_dict().items()}, target)
+        if self.schedule.replay:
+            self._asked.append(latest)
         optimizer = cast(Any, self.optimizers())
         self._set_rate(optimizer.optimizer)
         for step in range(self.schedule.image_steps):
-            self.images.grad = self._image_gradient(parameters, target)
+            network, target = latest
+            if self.schedule.replay and step:
+                network, target = self._asked[int(torch.randint(len(self._asked), ()))]
+            self.images.grad = self._image_gradient(network, target)
             # Lightning counts each step of its own optimizer: one trainer step is one release, so it sees the last one only.
             is_last = step == self.schedule.image_steps - 1
             (optimizer if is_last else optimizer.optimizer).step()
@@ -295,9 +321,9 @@ class PrivateSetGeneration(PrivateGenerator):
         logits = functional_call(self.network, parameters, (image[None],))
         return F.cross_entropy(logits, label[None])
 
-    def _image_gradient(self, parameters: dict[str, Tensor], target: dict[str, Tensor]) -> Tensor:
-        variables = {name: value.detach().requires_grad_() for name, value in parameters.items()}
-        loss = F.cross_entropy(functional_call(self.network, variables, (self.images,)), self.labels)
+    def _image_gradient(self, network: dict[str, Tensor], target: dict[str, Tensor]) -> Tensor:
+        variables = {name: network[name].detach().requires_grad_() for name in target}
+        loss = F.cross_entropy(functional_call(self.network, {**network, **variables}, (self.images,)), self.labels)
         mine = torch.autograd.grad(loss, list(variables.values()), create_graph=True)
         distance = gradient_distance(dict(zip(variables, mine, strict=True)), target, self.schedule.distance)
         gradient = torch.autograd.grad(distance, self.images)[0]

@@ -1,7 +1,7 @@
 """ε from events, and noise from a budget.
 
 The claim is composed from privacy-loss distributions (PLD); Rényi DP (RDP) is the second opinion that every certificate
-shows beside it, and the claim where a PLD grid would not fit in memory or δ lies below its truncation.
+shows beside it, and the claim where a PLD grid would not fit in memory, δ lies below its truncation, or ε is below its cells.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _epsilon(pairs: _PairCounts, delta: float) -> Epsilon:
         rough, value = (_pld_epsilon(pairs, delta, grid) for grid in GRIDS[:2])
         if rough - value > 1e-3 * value:
             value = _pld_epsilon(pairs, delta, GRIDS[2])
-        if math.isfinite(value):
+        if value <= rdp:  # both are bounds; a grid is the looser one only where ε is below its cells
             return Epsilon(value, "PLD", rdp)
     return Epsilon(rdp, "RDP", rdp)
 
@@ -167,6 +167,12 @@ def calibrate_noise_multiplier(plan: PrivacyPlan, budget: PrivacyBudget) -> floa
     def by_rdp(z: float) -> float:
         return _rdp_epsilon(pairs(z), budget.delta)
 
+    def narrowed(low: float, high: float, ratio: float) -> tuple[float, float]:
+        while high / low > ratio:
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if by_rdp(middle) > budget.epsilon else (low, middle)
+        return low, high
+
     def searched(z: float) -> float:  # on a grid as coarse as the budget allows; the last word is the claim's own
         return _pld_epsilon(pairs(z), budget.delta, min(1e-3, max(GRIDS[-1], budget.epsilon / 5000)))
 
@@ -181,15 +187,9 @@ def calibrate_noise_multiplier(plan: PrivacyPlan, budget: PrivacyBudget) -> floa
     low = high
     while by_rdp(low) <= budget.epsilon and low > 1e-4:
         low /= 2
-    while high / low > 1.01:
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if by_rdp(middle) > budget.epsilon else (low, middle)
-
+    low, high = narrowed(low, high, 1.01)
     if epsilon(plan.events(high), budget.delta).accountant == "RDP":
-        while high / low > 1.0005:
-            middle = math.sqrt(low * high)
-            low, high = (middle, high) if by_rdp(middle) > budget.epsilon else (low, middle)
-        return _rounded_up(high)
+        return _checked(plan, budget, narrowed(low, high, 1.0005)[1])
 
     # RDP is never below PLD, so `high` is inside the budget. Tighten by PLD, false position in log-log coordinates.
     inside, inside_epsilon = high, searched(high)
@@ -207,7 +207,12 @@ def calibrate_noise_multiplier(plan: PrivacyPlan, budget: PrivacyBudget) -> floa
             inside, inside_epsilon = guess, guess_epsilon
         else:
             outside, outside_epsilon = guess, guess_epsilon
-    rounded = _rounded_up(inside)
+    return _checked(plan, budget, inside)
+
+
+def _checked(plan: PrivacyPlan, budget: PrivacyBudget, noise_multiplier: float) -> float:
+    """``noise_multiplier`` rounded up, and raised further until the claim itself is inside the budget."""
+    rounded = _rounded_up(noise_multiplier)
     while epsilon(plan.events(rounded), budget.delta).value > budget.epsilon:
         rounded = _rounded_up(1.005 * rounded)
     return rounded

@@ -30,13 +30,18 @@ class ClippedSum:
         (zero-out), replacing it by at most 2C. How many rows there are is not kept, since it is private.
     """
 
-    __slots__ = ("_tensors", "clip_norm")
+    __slots__ = ("_clip_norm", "_tensors")
 
     def __init__(self, tensors: Mapping[str, Tensor], clip_norm: float, *, _key: object = None) -> None:
         if _key is not _KEY:
             raise TypeError("a ClippedSum is built by lightning_dpgen.privacy.clipping only: use clipped_sum(rows, clip_norm).")
         self._tensors = dict(tensors)
-        self.clip_norm = clip_norm
+        self._clip_norm = clip_norm
+
+    @property
+    def clip_norm(self) -> float:
+        """The bound C."""
+        return self._clip_norm
 
     def __add__(self, other: ClippedSum) -> ClippedSum:
         """The sum over both sets of rows, which must be of different records.
@@ -62,8 +67,9 @@ def row_norms(rows: Mapping[str, Tensor]) -> Tensor:
     Privacy:
         Private, one number a record.
     """
-    squares = [value.flatten(1).to(_wide(value)).square().sum(1) for value in rows.values()]
-    return torch.stack(squares).sum(0).sqrt()
+    with torch.autocast(next(iter(rows.values())).device.type, enabled=False):
+        squares = [as_matrix(value).to(_wide(value)).square().sum(1) for value in rows.values()]
+        return torch.stack(squares).sum(0).sqrt()
 
 
 def clipped_sum(rows: Mapping[str, Tensor], clip_norm: float) -> ClippedSum:
@@ -85,14 +91,36 @@ def clipped_sum(rows: Mapping[str, Tensor], clip_norm: float) -> ClippedSum:
     if len(lengths) != 1:
         raise fail("rows", {name: tuple(value.shape) for name, value in rows.items()}, "tensors with the same number of rows")
     norms = row_norms(rows)
+
+    def weighted(factors: Tensor) -> Gradients:
+        total = {}
+        for name, value in rows.items():
+            flat = as_matrix(value).to(_wide(value))
+            if not norms.isfinite().all():
+                flat = torch.where(norms.isfinite()[:, None], flat, 0.0)
+            # A vector times a matrix is BLAS's gemv, which the reduced precisions of matrix products do not reach.
+            total[name] = (factors.to(flat.dtype) @ flat).view(value.shape[1:])
+        return total
+
+    return ghost_clipped_sum(norms, weighted, clip_norm)
+
+
+def ghost_clipped_sum(norms: Tensor, weighted: Callable[[Tensor], Gradients], clip_norm: float) -> ClippedSum:
+    """Clips rows that are never held, only their norms and their weighted sums.
+
+    Args:
+        norms: ``[B]``, each over the whole row.
+        weighted: ``weighted(factors)`` is the sum of ``factors[i]`` times row ``i`` by name; a row of factor 0 must not enter
+            it at all, since it may hold NaN.
+        clip_norm: C.
+
+    Privacy:
+        As :func:`clipped_sum`, provided that ``norms`` and ``weighted`` are of the same rows; a test holds every engine to it.
+    """
+    positive("clip_norm", clip_norm)
     factors = torch.where(norms.isfinite(), (clip_norm / norms.clamp_min(1e-30)).clamp(max=1.0), 0.0)
-    total = {}
-    for name, value in rows.items():
-        flat = value.flatten(1).to(_wide(value))
-        if not norms.isfinite().all():
-            flat = torch.where(norms.isfinite()[:, None], flat, 0.0)
-        total[name] = (factors.to(flat.dtype) @ flat).view(value.shape[1:])
-    return ClippedSum(total, clip_norm, _key=_KEY)
+    with torch.autocast(norms.device.type, enabled=False):
+        return ClippedSum(weighted(factors), clip_norm, _key=_KEY)
 
 
 def zero_sum(like: Mapping[str, Tensor], clip_norm: float) -> ClippedSum:
@@ -104,6 +132,19 @@ def zero_sum(like: Mapping[str, Tensor], clip_norm: float) -> ClippedSum:
     """
     zeros = {name: torch.zeros_like(value, dtype=_wide(value)) for name, value in like.items()}
     return ClippedSum(zeros, clip_norm, _key=_KEY)
+
+
+def sum_over_processes(total: ClippedSum, add_up: Callable[[Tensor], Tensor]) -> ClippedSum:
+    """The sum of several processes' clipped sums, which must be of different records.
+
+    Args:
+        total: This process's sum.
+        add_up: Adds a tensor over the processes, for example by an all-reduce.
+
+    Privacy:
+        Clipped before it is added up, so that a record still moves the result by at most C.
+    """
+    return ClippedSum({name: add_up(total._tensors[name]) for name in sorted(total._tensors)}, total.clip_norm, _key=_KEY)
 
 
 def per_record_gradients(loss: Callable[..., Tensor], parameters: Mapping[str, Tensor], records: tuple[Tensor, ...]) -> Gradients:
@@ -151,6 +192,11 @@ def clipped_gradient_sum(
         if len(chunk[0]):
             total = total + clipped_sum(per_record_gradients(loss, parameters, chunk), clip_norm)
     return total
+
+
+def as_matrix(rows: Tensor) -> Tensor:
+    """Rows ``[B, …]`` as ``[B, D]``; those of a scalar have D = 1."""
+    return rows.flatten(1) if rows.dim() > 1 else rows[:, None]
 
 
 def _wide(value: Tensor) -> torch.dtype:

@@ -45,7 +45,8 @@ class PrivacyLedger:
 
     Attributes:
         run_id: Names the run; written into checkpoints and certificates.
-        torn_lines: How many lines a crash had cut. Each is charged as one more release of the event before it.
+        torn_lines: How many lines a crash had cut. Each is charged as one more release of the event before it, although a
+            release is drawn only once its line is whole.
 
     Privacy:
         Holds event parameters and counts only. :meth:`charge` returns after ``fsync``; the mechanism draws noise after that.
@@ -105,22 +106,29 @@ class PrivacyLedger:
         self._append(body)
         self._counts[event] += count
 
-    def merge(self, counts: dict[ReleaseEvent, int]) -> None:
-        """Raises each event's count to at least that of ``counts``: what a checkpoint knows and the file does not."""
-        for event, count in counts.items():
-            missing = count - self._counts[event]
-            if missing > 0:
-                self.charge(event, missing, note="known to a checkpoint, missing from the file")
+    def merge(self, counts: dict[ReleaseEvent, int]) -> int:
+        """Raises each event's count to at least that of ``counts``: what a checkpoint knows and the file does not.
+
+        Returns:
+            How many releases were missing from the file.
+        """
+        missing = {event: count - self._counts[event] for event, count in counts.items() if count > self._counts[event]}
+        for event, count in missing.items():
+            self.charge(event, count, note="known to a checkpoint, missing from the file")
+        return sum(missing.values())
 
     def _append(self, body: dict[str, Any]) -> None:
         if self.path is None:
             return
-        lines = self._separator
-        if self._cut is not None:  # the line that a crash had cut stays, and the next one says so
-            lines += self._line({"type": "recovery", "cut": _sha256(self._cut), "charged": self.torn_lines})
+        bodies = [body]
         if not self._has_header:
-            lines += self._line({"type": "header", "format": FORMAT, "run": self.run_id})
-        lines += self._line(body)
+            bodies.insert(0, {"type": "header", "format": FORMAT, "run": self.run_id})
+        if self._cut is not None:  # the line that a crash had cut stays, and the next one says so
+            bodies.insert(0, {"type": "recovery", "cut": _sha256(self._cut), "charged": self.torn_lines})
+        chain, lines = self._chain, self._separator
+        for entry in bodies:
+            chain = _digest(chain, entry)
+            lines += (json.dumps({**entry, "chain": chain}, separators=(",", ":")) + "\n").encode()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab") as file:
             if file.tell() != self._size:
@@ -136,11 +144,7 @@ class PrivacyLedger:
             folder = os.open(self.path.parent, os.O_RDONLY)
             os.fsync(folder)
             os.close(folder)
-        self._cut, self._separator, self._has_header = None, b"", True
-
-    def _line(self, body: dict[str, Any]) -> bytes:
-        self._chain = _digest(self._chain, body)
-        return (json.dumps({**body, "chain": self._chain}, separators=(",", ":")) + "\n").encode()
+        self._chain, self._cut, self._separator, self._has_header = chain, None, b"", True
 
     def _read(self, path: Path) -> None:
         data = path.read_bytes()
@@ -177,7 +181,8 @@ class PrivacyLedger:
     def _damaged(self, number: int, what: str) -> LedgerError:
         return LedgerError(
             f"{self.path}, line {number} {what}: the file was changed after it was written, so what was spent is not known. "
-            "Restore it from a copy; a run on a new ledger must be composed with everything released under this one."
+            "Restore it as this run left it: an older copy would forget releases. A run on a new ledger must be composed with "
+            "everything released under this one."
         )
 
 

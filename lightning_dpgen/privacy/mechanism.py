@@ -10,7 +10,7 @@ from lightning_dpgen._validate import non_negative
 from lightning_dpgen.privacy.clipping import ClippedSum, clipped_sum, tensors_of
 from lightning_dpgen.privacy.ledger import PrivacyLedger
 from lightning_dpgen.privacy.noise import SecretStream
-from lightning_dpgen.privacy.plan import PrivacyPlan
+from lightning_dpgen.privacy.plan import PoissonSampling, PrivacyPlan
 
 
 class BudgetExhausted(RuntimeError):
@@ -45,11 +45,20 @@ class GaussianMechanism:
         self.ledger = ledger
         self.capped = capped
         self._stream = stream
+        self._released_lot: bool | None = None
         self._events = {release.name: plan.release_event(release.name, noise_multiplier) for release in plan.releases}
 
     def remaining(self, name: str) -> int:
-        """How many releases called ``name`` the plan still allows, past runs under the same ledger counted."""
-        return self.plan.release(name).count - self.ledger.count(name)
+        """How many releases called ``name`` the plan still allows; equal ones of past runs under the same ledger are counted."""
+        return self.plan.release(name).count - self.ledger.counts.get(self._events[name], 0)
+
+    def next_lot(self) -> None:
+        """Says that a lot was drawn. From the first call on, a Poisson lot can be released once.
+
+        Privacy:
+            Two releases of one lot are one release with less noise, not two independent samples of the records.
+        """
+        self._released_lot = False
 
     def release(self, name: str, contribution: ClippedSum | Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Releases one noisy sum.
@@ -67,6 +76,7 @@ class GaussianMechanism:
         Raises:
             ValueError: If the plan has no release of that name, or with another clip norm.
             BudgetExhausted: If the plan allows no more of them.
+            RuntimeError: If this Poisson lot was released before.
         """
         release = self.plan.release(name)
         if not isinstance(contribution, ClippedSum):
@@ -78,8 +88,14 @@ class GaussianMechanism:
             )
         if self.capped and self.remaining(name) < 1:
             raise BudgetExhausted(f"release {name!r}: all {release.count} planned releases are spent (ledger {self.ledger.run_id}).")
+        if self._released_lot and isinstance(self.plan.sampling, PoissonSampling):
+            raise RuntimeError(
+                f"release {name!r}: this lot was released already; the plan counts one release of each Poisson lot. Use one optimizer "
+                "step and one closure call a lot, and take further critic steps on further lots."
+            )
         event = self._events[name]
         self.ledger.charge(event)
+        self._released_lot = None if self._released_lot is None else True
         released = {}
         for key, value in tensors_of(contribution).items():
             noise = self._stream.normal(value.shape, event.noise_std, value.device)

@@ -18,7 +18,8 @@ from torch import Tensor
 SOURCES = {
     "pcg64dxsm": "numpy PCG64DXSM, 256 bits of operating-system entropy, float64 (statistical, not cryptographic)",
     "aes-ctr": "AES-256-CTR keystream, 256-bit operating-system key, Box-Muller in float64",
-    "device": "torch device generator, a fresh 64-bit operating-system seed per draw, float64",
+    "device": "torch CUDA Philox, a fresh 64-bit operating-system seed per draw, float64 (statistical, not cryptographic); masks: "
+    "numpy PCG64DXSM",
 }
 
 
@@ -65,10 +66,9 @@ class SecretStream:
         if os.getpid() != self._pid:
             self._seed()
 
-    @property
-    def source(self) -> str:
-        """Where the numbers come from, in words, for the certificate."""
-        return SOURCES["aes-ctr" if self.secure else "pcg64dxsm"]
+    def source(self, device: torch.device) -> str:
+        """Where the noise on ``device`` and the masks come from, in words, for the certificate."""
+        return SOURCES["aes-ctr" if self.secure else "device" if device.type == "cuda" else "pcg64dxsm"]
 
     def uniform(self, count: int) -> NDArray[np.float64]:
         """``count`` independent uniform numbers in [0, 1)."""
@@ -89,7 +89,7 @@ class SecretStream:
         """
         self._fresh_after_fork()
         if device.type == "cuda" and not self.secure:
-            generator = torch.Generator(device).manual_seed(secrets.randbits(63))
+            generator = torch.Generator(device).manual_seed(_signed(secrets.randbits(64)))
             return torch.randn(shape, generator=generator, device=device, dtype=torch.float64) * std
         count = shape.numel()
         if self.secure:
@@ -104,3 +104,8 @@ class SecretStream:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("SecretStream cannot be pickled or copied: a saved seed would make every release repeatable.")
+
+
+def _signed(word: int) -> int:
+    """A 64-bit word as the signed number that torch takes for a seed."""
+    return word - 2**64 if word >= 2**63 else word

@@ -3,61 +3,81 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Rows = dict[str, Tensor]
-Batch = Sequence[Tensor]
+SEEDS = 16
+"""Random states over which the rows of a random module are averaged."""
 
 
 class RowDependenceError(RuntimeError):
     """A record's row changes with the other records of its lot, so clipping it does not bound the record."""
 
 
-def check_row_independence(rows: Callable[[Batch], Rows], batch: Batch, other: Batch, tolerance: float = 1e-3) -> None:
+def check_row_independence(
+    rows: Callable[[Sequence[Any], int], Rows], records: Sequence[Any], others: Sequence[Any], tolerance: float = 1e-3
+) -> None:
     """Raises unless each record's row is a function of that record alone.
 
-    Three comparisons with the rows of ``batch``: the number of rows; the first half of the records kept and the others
-    exchanged; the first record alone.
+    Three comparisons with the rows of ``records``: the number of rows; the first half of the records kept and the others
+    exchanged, under the same random state; the first record alone, which for a random module is held to the same scale only.
 
     Args:
-        rows: Computes the rows ``[B, …]`` by name of a batch of B records, with the same random state at every call.
-        batch: Tensors ``[B, …]`` with random content, B ≥ 2 and even.
-        other: As ``batch``, with other content.
-        tolerance: Largest allowed change relative to the row's norm.
+        rows: ``rows(records, seed)`` computes the rows ``[B, …]`` by name of a lot of B records.
+        records: Records with random content, an even number of them.
+        others: As many, with other content.
+        tolerance: Largest allowed change relative to the largest row.
 
     Privacy:
-        ``batch`` holds random numbers of the records' shape, not records; nothing is released.
+        The records hold random numbers in place of their own; nothing is released.
 
     Raises:
         RowDependenceError: Names the tensors whose rows change and what usually causes it.
     """
-    half = len(batch[0]) // 2
-    reference = rows(batch)
+    half = len(records) // 2
+    reference = rows(records, 0)
     for name, value in reference.items():
-        if len(value) != len(batch[0]):
+        if len(value) != len(records):
             raise RowDependenceError(
-                f"{name}: {len(value)} rows for a lot of {len(batch[0])} records. One record must be one row: a record that is "
+                f"{name}: {len(value)} rows for a lot of {len(records)} records. One record must be one row: a record that is "
                 "repeated, augmented or split inside the forward pass is clipped once for each copy. Sum its copies' losses."
             )
-    exchanged = rows([torch.cat([a[:half], b[half:]]) for a, b in zip(batch, other, strict=True)])
-    _compare({k: v[:half] for k, v in reference.items()}, {k: v[:half] for k, v in exchanged.items()}, tolerance, "exchanged")
-    alone = rows([tensor[:1] for tensor in batch])
-    _compare({k: v[:1] for k, v in reference.items()}, alone, tolerance, "removed")
+    exchanged = rows([*records[:half], *others[half:]], 0)
+    kept = {name: value[:half] for name, value in reference.items()}
+    _refuse(_moved(kept, {name: value[:half] for name, value in exchanged.items()}, tolerance), "exchanged")
+    first = {name: value[:1] for name, value in reference.items()}
+    if not _moved(reference, rows(records, 1), tolerance):
+        _refuse(_moved(first, rows(records[:1], 0), tolerance), "removed")
+        return
+    among = sum(_size(rows(records, seed)) for seed in range(SEEDS)) / len(records)
+    alone = sum(_size(rows(records[:1], seed)) for seed in range(SEEDS))
+    if not 0.5 * alone <= among <= 2 * alone:
+        _refuse(list(reference), "removed")
 
 
-def _compare(expected: Rows, found: Rows, tolerance: float, change: str) -> None:
-    scale = max(float(value.abs().max()) for value in expected.values()) if expected else 0.0
-    moved = [
+def _size(rows: Rows) -> float:
+    """The sum of the rows' norms."""
+    return float(torch.stack([value.flatten(1).square().sum(1) for value in rows.values()]).sum(0).sqrt().sum()) if rows else 0.0
+
+
+def _moved(expected: Rows, found: Rows, tolerance: float) -> list[str]:
+    scale = max((float(value.abs().max()) for value in expected.values() if value.numel()), default=0.0)
+    return [
         name
         for name, value in expected.items()
         if value.shape != found[name].shape or not torch.allclose(value, found[name], rtol=tolerance, atol=tolerance * scale + 1e-12)
     ]
+
+
+def _refuse(moved: list[str], change: str) -> None:
     if moved:
         raise RowDependenceError(
             f"a record's gradient changed when the other records of its lot were {change}, in {', '.join(moved[:6])}"
             f"{' and more' if len(moved) > 6 else ''}. Usual causes: BatchNorm or another layer that mixes records, a loss that "
-            "is weighted or masked by the whole lot (class weights, ignore_index), a batch axis that is not the first, or a "
-            "contrastive loss. Replace BatchNorm by GroupNorm; make the loss the mean over records of each record's own loss."
+            "is weighted or masked by the whole lot (class weights, ignore_index), a batch axis that is not the first, a "
+            "contrastive loss, or a collate_fn that mixes records. Replace BatchNorm by GroupNorm; make the loss the mean over "
+            "records of each record's own loss; or take each record alone with physical_batch_size=1."
         )

@@ -23,14 +23,18 @@ class PoissonLots(Sampler[list[int]]):
         sampling: N and the expected lot size.
         lots: Number of lots in one pass of the loader.
         stream: The SECRET stream.
+        rank: Of several processes, which one this is; it holds the records ``rank``, ``rank + world``, … and no other.
+        world: Number of processes.
 
     Privacy:
-        A fresh mask for every lot, also across epochs. Lots may be empty, and an empty lot is a lot.
+        A fresh mask for every lot, also across epochs, independent between processes. Lots may be empty, and an empty lot is
+        a lot. The processes' records are disjoint and none is repeated to even them out.
     """
 
-    def __init__(self, sampling: PoissonSampling, lots: int, stream: SecretStream) -> None:
+    def __init__(self, sampling: PoissonSampling, lots: int, stream: SecretStream, rank: int = 0, world: int = 1) -> None:
         self.sampling = sampling
         self.lots = positive_int("lots", lots)
+        self._records = np.arange(rank, sampling.records, world)
         self._stream = stream
 
     def __len__(self) -> int:
@@ -38,8 +42,8 @@ class PoissonLots(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         for _ in range(self.lots):
-            included = self._stream.uniform(self.sampling.records) < self.sampling.rate
-            yield np.flatnonzero(included).tolist()
+            included = self._stream.uniform(len(self._records)) < self.sampling.rate
+            yield self._records[included].tolist()
 
 
 class FullPassChunks(Sampler[list[int]]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import platform
+from collections import Counter
 from typing import Any
 
 from lightning_dpgen._compat import pl
@@ -22,27 +23,36 @@ RELATION = (
 UNIT = "One record (one labelled image). A person with several records has the guarantee of a group, which is weaker."
 TRUST = (
     "Central model: whoever ran the training held the records. The certificate states what that run recorded of itself; verifying it "
-    "checks consistency, not that the run was honest. Other releases from the same records add to this one's ε."
+    "checks consistency, not that the run was honest. Other releases from the same records add to this one's ε. A run that ended early "
+    "claims all that it had planned."
 )
 NOISE_LIMITS = (
     "Floating-point Gaussian noise, drawn and added in float64: attacks on the low bits of floating-point numbers are not covered."
 )
 _LIBRARIES = ("lightning-dpgen", "torch", "pytorch-lightning", "dp-accounting", "numpy", "opacus")
 
-Counts = list[tuple[ReleaseEvent, int]]
+Counts = dict[ReleaseEvent, int]
 
 
 class NotCertifiable(ValueError):
     """A run about which no (ε, δ) can be claimed."""
 
 
-def claim(planned: Counts, released: Counts, delta: float, relation: Relation) -> tuple[Epsilon, str]:
-    """The larger ε of what was planned and what was released, and which of the two it is.
+def claim(before: Counts, planned: Counts, released: Counts, delta: float, relation: Relation) -> tuple[Epsilon, str]:
+    """The ε of all that was released or planned, and which of the two it rests on.
 
-    A run that a person or a callback stopped early claims the plan's ε: when to stop may have depended on records.
+    Args:
+        before: What the records had paid for before the run.
+        planned: What the run was to add. One that a person or a callback stopped early claims it all the same: when to stop
+            may have depended on records.
+        released: What the ledger holds now.
+        delta: δ.
+        relation: The neighbouring relation.
     """
-    plan, ledger = epsilon(planned, delta, relation), epsilon(released, delta, relation)
-    return (ledger, "ledger") if ledger.value > plan.value else (plan, "plan")
+    promised = Counter(before) + Counter(planned)
+    plan = epsilon(promised.items(), delta, relation)
+    total = epsilon((promised | Counter(released)).items(), delta, relation)
+    return (total, "ledger") if total.value > plan.value else (plan, "plan")
 
 
 def make_certificate(trainer: pl.Trainer, images: int) -> dict[str, Any]:
@@ -65,19 +75,22 @@ def make_certificate(trainer: pl.Trainer, images: int) -> dict[str, Any]:
         raise NotCertifiable("this run had neither max_steps nor max_epochs, so it had no plan to claim. Set one and train again.")
     if not isinstance(module, PrivateGenerator):
         raise NotCertifiable(f"{type(module).__name__} is not a PrivateGenerator: it has no images to release.")
-    plan, noise_multiplier = strategy.plan, strategy.noise_multiplier
-    planned, released = plan.events(noise_multiplier), list(strategy.ledger.counts.items())
-    figure, basis = claim(planned, released, strategy.delta, Relation.ZERO_OUT)
-    replace_one, _ = claim(planned, released, strategy.delta, Relation.REPLACE_ONE)
+    if getattr(module, "mechanism", None) is not strategy.mechanism:
+        raise NotCertifiable(f"the trainer's module is another {type(module).__name__} than the one that it trained last.")
+    plan, noise_multiplier, account = strategy.plan, strategy.noise_multiplier, strategy.account
+    counts = dict(account.before), dict(account.planned), strategy.ledger.counts
+    figure, basis = claim(*counts, strategy.delta, Relation.ZERO_OUT)
+    replace_one, _ = claim(*counts, strategy.delta, Relation.REPLACE_ONE)
     if not math.isfinite(figure.value):
         raise NotCertifiable(
             f"noise_multiplier={noise_multiplier:g} gives epsilon={figure.value}: nothing can be claimed, so nothing is released."
         )
     data = getattr(trainer, "datamodule", None)
     knobs = module.knobs()
+    origin = getattr(data, "origin", "set by the user")
     if isinstance(plan.sampling, PoissonSampling):
-        knobs["batch_size"] = {"value": plan.sampling.expected_batch_size, "origin": getattr(data, "origin", "set by the user")}
-    knobs["steps"] = {"value": trainer.max_steps if trainer.max_steps != -1 else trainer.global_step, "origin": "set by the user"}
+        knobs["batch_size"] = {"value": plan.sampling.expected_batch_size, "origin": origin}
+    knobs["steps"] = {"value": trainer.global_step, "origin": origin}
     return {
         "format": FORMAT,
         "claim": {
@@ -92,11 +105,12 @@ def make_certificate(trainer: pl.Trainer, images: int) -> dict[str, Any]:
         "relation_in_words": RELATION,
         "unit_in_words": UNIT,
         "trust_model": TRUST,
-        "budget": None if strategy.budget is None else {"epsilon": strategy.budget.epsilon, "delta": strategy.budget.delta},
+        "budget": {"epsilon": strategy.budget.epsilon, "delta": strategy.budget.delta} if strategy.budget and account.keeps_budget else None,
         "plan": plan.to_dict(),
         "noise_multiplier": noise_multiplier,
-        "planned": _events(planned),
-        "released": _events(released),
+        "before": _events(counts[0]),
+        "planned": _events(counts[1]),
+        "released": _events(counts[2]),
         "ledger": {"run": strategy.ledger.run_id, "torn_lines": strategy.ledger.torn_lines},
         "noise": {"source": strategy.noise_source, "limits": NOISE_LIMITS},
         "generator": {
@@ -110,13 +124,13 @@ def make_certificate(trainer: pl.Trainer, images: int) -> dict[str, Any]:
             "image_shape": list(module.image_shape),
         },
         "images": images,
-        "notes": list(strategy.notes),
+        "notes": list(account.notes),
         "libraries": {"python": platform.python_version(), **{name: _version(name) for name in _LIBRARIES}},
     }
 
 
 def _events(counts: Counts) -> list[dict[str, Any]]:
-    return [{"event": event.to_dict(), "count": count} for event, count in counts]
+    return [{"event": event.to_dict(), "count": count} for event, count in counts.items() if count]
 
 
 def _version(name: str) -> str:

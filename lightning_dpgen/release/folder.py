@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +51,7 @@ class SanitizedRelease:
 
         Args:
             trainer: A trainer whose ``fit`` of a generator under ``DPStrategy`` has ended.
-            labels: Which labels to sample ``[N]``; the generator's own choice if not given.
+            labels: Which labels to sample ``[N]``, chosen without a look at the records; the generator's own choice if not given.
 
         Raises:
             NotCertifiable: If no (ε, δ) can be claimed for the run.
@@ -99,8 +98,9 @@ class SanitizedRelease:
             folder = Path(temporary) / "release"
             folder.mkdir()
             self._write(folder)
-            if target.exists():
-                shutil.rmtree(target)
+            check_target(path, overwrite)
+            if target.exists():  # set aside, and gone with the temporary folder once the new one is in its place
+                os.replace(target, Path(temporary) / "earlier")
             os.replace(folder, target)
         return target
 
@@ -134,6 +134,9 @@ def check_target(path: str | os.PathLike[str], overwrite: bool) -> Path:
         raise FileExistsError(f"{target} exists and is not a release; it is left as it is. Give another path.")
     if not overwrite:
         raise FileExistsError(f"{target} holds an earlier release. Give another path, or overwrite=True to replace it.")
+    others = sorted({entry.name for entry in target.iterdir()} - {IMAGES, GENERATOR, CERTIFICATE, CARD, PREVIEW})
+    if others:
+        raise FileExistsError(f"{target} holds {', '.join(others[:4])} beside an earlier release; it is left as it is. Give another path.")
     return target
 
 

@@ -65,9 +65,9 @@ def _check_files(folder: Path, certificate: dict[str, Any]) -> list[str]:
 
 
 def _counts(entries: list[dict[str, Any]]) -> Counts:
-    counts = [(ReleaseEvent.from_dict(entry["event"]), int(entry["count"])) for entry in entries]
-    if any(count < 1 for _, count in counts):
-        raise ValueError("an event has a count below 1")
+    counts = {ReleaseEvent.from_dict(entry["event"]): int(entry["count"]) for entry in entries}
+    if len(counts) < len(entries) or any(count < 1 for count in counts.values()):
+        raise ValueError("an event is listed twice or with a count below 1")
     return counts
 
 
@@ -75,17 +75,22 @@ def _check_figures(certificate: dict[str, Any]) -> list[str]:
     if certificate["format"] != FORMAT:
         return [f"its format is {certificate['format']!r}; this version reads {FORMAT!r}"]
     problems = []
-    planned, released = _counts(certificate["planned"]), _counts(certificate["released"])
+    before, planned, released = (_counts(certificate[name]) for name in ("before", "planned", "released"))
     plan = PrivacyPlan.from_dict(certificate["plan"])
-    if plan.events(float(certificate["noise_multiplier"])) != planned:
+    allowed = dict(plan.events(float(certificate["noise_multiplier"])))
+    if any(count > allowed.get(event, 0) for event, count in planned.items()):
         problems.append("the planned events are not those of the plan at its noise multiplier")
+    if not released:
+        problems.append("nothing was released")
+    if released.keys() - before.keys() - allowed.keys():
+        problems.append("there are released events that neither the plan nor the earlier releases name")
     if plan.sampling.records != certificate["published_without_noise"]["records"]:
         problems.append("the number of records is not the plan's")
     delta = float(certificate["claim"]["delta"])
     if certificate["claim"]["relation"] != Relation.ZERO_OUT.value:
         problems.append(f"the claim's relation is {certificate['claim']['relation']!r}; claims are {Relation.ZERO_OUT.value}")
-    figure, basis = claim(planned, released, delta, Relation.ZERO_OUT)
-    replace_one, _ = claim(planned, released, delta, Relation.REPLACE_ONE)
+    figure, basis = claim(before, planned, released, delta, Relation.ZERO_OUT)
+    replace_one, _ = claim(before, planned, released, delta, Relation.REPLACE_ONE)
     for name, stated, found in (
         ("epsilon", certificate["claim"]["epsilon"], figure.value),
         ("replace-one epsilon", certificate["replace_one"]["epsilon"], replace_one.value),
@@ -98,6 +103,8 @@ def _check_figures(certificate: dict[str, Any]) -> list[str]:
     budget = certificate["budget"]
     if budget is not None and figure.value > float(budget["epsilon"]) * (1 + TOLERANCE):
         problems.append(f"epsilon {figure.value:.4f} is above the stated budget of {float(budget['epsilon']):g}")
+    if budget is not None and float(budget["delta"]) != delta:
+        problems.append(f"the claim is at delta {delta:g}, the budget at {float(budget['delta']):g}")
     return problems
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
-from torch import nn
+import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_dpgen._compat import pl
@@ -31,8 +31,11 @@ def check_trainer(trainer: Any, capped: bool) -> None:
             f"accumulate_grad_batches={trainer.accumulate_grad_batches} mixes lots. Remove it and give the DataLoader the "
             "larger batch_size."
         )
-    if str(trainer.precision) in ("16-mixed", "bf16-mixed", "16-true", "bf16-true", "transformer-engine-float16"):
-        refusals.append(f"precision={trainer.precision!r} would round clipped sums before the noise. Use '32-true'.")
+    if str(trainer.precision) not in ("32-true", "64-true", "bf16-mixed", "bf16-true"):
+        refusals.append(
+            f"precision={trainer.precision!r}: float16 scales the loss, so that clipping would bound scaled rows. Use 'bf16-mixed' or "
+            "'32-true'."
+        )
     if trainer.overfit_batches:
         refusals.append(f"overfit_batches={trainer.overfit_batches} fixes the lots. Remove it; use limit_train_batches.")
     if capped and trainer.max_steps == -1 and (trainer.max_epochs is None or trainer.max_epochs == -1):
@@ -40,7 +43,7 @@ def check_trainer(trainer: Any, capped: bool) -> None:
             "neither max_steps nor max_epochs is set, so there is no number of releases to fit into epsilon. Set one (max_time "
             "may stop earlier), or give DPStrategy(noise_multiplier=…) for a run without a claim."
         )
-    finders = [c for c in trainer.callbacks if type(c).__name__ in ("LearningRateFinder", "BatchSizeFinder")]
+    finders = [c for c in trainer.callbacks if isinstance(c, (pl.callbacks.LearningRateFinder, pl.callbacks.BatchSizeFinder))]
     for finder in finders:
         refusals.append(f"{type(finder).__name__} trains on records outside the budget. Choose its value on public data.")
     accumulators = [c for c in trainer.callbacks if isinstance(c, pl.callbacks.GradientAccumulationScheduler)]
@@ -50,26 +53,47 @@ def check_trainer(trainer: Any, capped: bool) -> None:
         raise ValueError("DPStrategy cannot run with this Trainer:\n- " + "\n- ".join(refusals))
 
 
-def check_user_module(module: pl.LightningModule) -> None:
+def private_roots(module: pl.LightningModule, given: str | list[str] | None) -> tuple[str, ...]:
+    """Paths of the submodules that see records; ``("",)`` for the whole module.
+
+    Raises:
+        ValueError: In manual optimization without a name, and for a path that the module has not.
+    """
+    named = given if given is not None else getattr(module, "private_modules", None)
+    if named is None:
+        if not module.automatic_optimization:
+            raise ValueError(
+                f"{type(module).__name__} uses manual optimization, where it is not known which networks see records. Name them, "
+                "DPStrategy(private_modules='discriminator'), or give the module configure_privacy() and call "
+                "self.mechanism.release() yourself."
+            )
+        return ("",)
+    roots = (named,) if isinstance(named, str) else tuple(named)
+    known = dict(module.named_modules())
+    missing = [root for root in roots if root not in known]
+    if missing or not roots:
+        children = ", ".join(name for name, _ in module.named_children())
+        raise ValueError(f"private_modules={named!r}: {type(module).__name__} has no submodule {missing or 'named'}. It has {children}.")
+    return roots
+
+
+def check_module(module: pl.LightningModule, roots: tuple[str, ...], grad_sample: str, physical: int | None) -> None:
     """Refuses modules whose gradient has no row for each record.
 
     Raises:
-        ValueError: Names the layer or attribute and what to do instead.
+        ValueError: Names the layer or argument and what to do instead.
     """
     name = type(module).__name__
     if not module.automatic_optimization:
-        raise ValueError(
-            f"{name} uses manual optimization, where it is not known which optimizer sees records. Use automatic optimization, "
-            "or give the module configure_privacy() and call self.mechanism.release() yourself."
-        )
-    own = [n for n, p in module.named_parameters(recurse=False) if p.requires_grad]
-    if own:
-        raise ValueError(
-            f"{name} holds the parameters {', '.join(own)} itself, outside a layer, so no hook can see their per-record gradient. "
-            "Move them into an nn.Module of their own."
-        )
+        if physical is not None:
+            raise ValueError(
+                f"physical_batch_size={physical} with manual optimization: {name} backpropagates by itself, on a whole lot. Use a smaller "
+                "batch_size, grad_sample='ghost', or automatic optimization."
+            )
+        if grad_sample == "functional":
+            raise ValueError(f"grad_sample='functional' with manual optimization: {name} backpropagates by itself. Use 'hooks' or 'ghost'.")
     for path, layer in module.named_modules():
-        if isinstance(layer, (_BatchNorm, nn.SyncBatchNorm)):
+        if isinstance(layer, _BatchNorm) and any(r in ("", path) or path.startswith(r + ".") for r in roots):
             raise ValueError(
                 f"{name}.{path} is {type(layer).__name__}: it mixes the records of a lot and keeps statistics of them. Replace it "
                 "by nn.GroupNorm(min(32, channels), channels), or use opacus.validators.ModuleValidator.fix on the network."
@@ -78,17 +102,43 @@ def check_user_module(module: pl.LightningModule) -> None:
         raise ValueError(f"{name} has no trainable parameter.")
 
 
-def check_optimizers(optimizers: list[Any], module: pl.LightningModule) -> None:
-    """Refuses optimizers that do not step on one gradient per lot.
+def private_optimizer(optimizers: list[Any], module: pl.LightningModule, roots: tuple[str, ...]) -> torch.optim.Optimizer:
+    """The one optimizer that steps what sees records.
 
     Raises:
-        ValueError: Says which optimizer and what to use.
+        ValueError: If there is none or several, or one also steps other parameters; says what to do.
     """
-    if len(optimizers) != 1:
-        raise ValueError(f"{type(module).__name__} has {len(optimizers)} optimizers; a module without configure_privacy() must have one.")
-    kind = type(getattr(optimizers[0], "optimizer", optimizers[0])).__name__
+    names = {id(p): n for n, p in module.named_parameters()}
+    under = {id(p) for n, p in module.named_parameters() if any(r == "" or n.startswith(r + ".") for r in roots)}
+    found = []
+    for optimizer in optimizers:
+        held = [p for group in optimizer.param_groups for p in group["params"]]
+        outside = [names.get(id(p), "not the module's own") for p in held if id(p) not in under and p.requires_grad]
+        if len(outside) == len(held):
+            continue
+        if outside and "" not in roots:
+            raise ValueError(
+                f"a {type(optimizer).__name__} steps parameters of {', '.join(roots)} and others ({', '.join(outside[:4])}). Give the networks "
+                "that see records an optimizer of their own, or name the others in private_modules too."
+            )
+        found.append(optimizer)
+    if len(found) != 1 or (module.automatic_optimization and len(optimizers) != 1):
+        raise ValueError(
+            f"{type(module).__name__} has {len(optimizers)} optimizers, {len(found)} of them for parameters that see records; it must be one. "
+            "Name what sees records in DPStrategy(private_modules=…) and give all of it to one optimizer."
+        )
+    kind = type(found[0]).__name__
     if kind == "LBFGS":
         raise ValueError("LBFGS evaluates the loss several times a step, each a release. Use SGD or Adam.")
+    return cast(torch.optim.Optimizer, found[0])
+
+
+def monitored(trainer: Any, schedulers: list[Any]) -> list[tuple[str, str]]:
+    """Who chooses something by which logged number, ``privacy/epsilon`` apart."""
+    watchers = (pl.callbacks.EarlyStopping, pl.callbacks.ModelCheckpoint)
+    pairs = [(type(c).__name__, c.monitor) for c in trainer.callbacks if isinstance(c, watchers) and c.monitor]
+    pairs += [(type(config.scheduler).__name__, config.monitor) for config in schedulers if config.reduce_on_plateau]
+    return [(user, str(key)) for user, key in pairs if key != "privacy/epsilon"]
 
 
 def planned_steps(trainer: pl.Trainer, module: pl.LightningModule) -> int | None:

@@ -1,44 +1,113 @@
-"""Per-record gradients of a user's own module: Opacus's hooks without its wrapper."""
+"""What every per-record engine is to the strategy, and the one that needs nothing but autograd."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from opacus.grad_sample import GradSampleHooks
 from torch import Tensor, nn
 
 from lightning_dpgen.privacy.clipping import ClippedSum, clipped_sum, zero_sum
 
 
 class PerRecordEngine:
-    """Collects one gradient row a record during an ordinary forward and backward pass.
+    """Turns backward passes over chunks of a lot into one clipped sum.
 
     Args:
-        module: The module whose trainable parameters see records; its loss is a mean over the lot's records.
+        module: The user's module.
         clip_norm: C, over the whole gradient of a record.
+        roots: Paths of the submodules whose parameters see records; ``""`` is the whole module.
+
+    Attributes:
+        parameters: The private parameters, by name.
+        stepping: Whether the optimizer step under way is the strategy's own.
 
     Privacy:
-        Zero-out sensitivity C of :meth:`collect`'s sum, provided that a record's row depends on that record alone, which
-        the strategy probes at set-up.
+        Zero-out sensitivity C of the sum over :meth:`absorb`'s chunks, provided that a record's row depends on that record
+        alone, which the strategy probes at set-up. Parameters and buffers may not be written from records on the way.
     """
 
-    def __init__(self, module: nn.Module, clip_norm: float) -> None:
+    loss_reduction = "mean"
+
+    def __init__(self, module: nn.Module, clip_norm: float, roots: tuple[str, ...] = ("",)) -> None:
         self.module = module
         self.clip_norm = clip_norm
+        self.roots = roots
         self.stepping = False
-        self._hooks: list[GradSampleHooks] = []
-        for child in module.children():
-            if any(parameter.requires_grad for parameter in child.parameters()):
-                self._hooks.append(GradSampleHooks(child, batch_first=True, loss_reduction="mean", strict=False))
-        self.parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        self._buffers = self._buffer_versions()
+        self.parameters = {name: p for name, p in module.named_parameters() if self.covers(name) and p.requires_grad}
+        self._buffers = _versions(dict(module.named_buffers()))
+        self._written = _versions(dict(module.named_parameters()))
+        self._total: ClippedSum | None = None
 
-    def _buffer_versions(self) -> dict[str, tuple[int, int]]:
-        return {name: (id(buffer), buffer._version) for name, buffer in self.module.named_buffers()}
+    def covers(self, name: str) -> bool:
+        """Whether the parameter or layer of this name belongs to what sees records."""
+        return any(root in ("", name) or name.startswith(root + ".") for root in self.roots)
+
+    # One lot: open, absorb each chunk after its backward pass, take ------------------------------------------------
+
+    def open(self) -> None:
+        """Begins a lot; refuses a module whose trainable parameters are no longer those of set-up."""
+        self._check_trainable()
+        self._written = _versions(dict(self.module.named_parameters()))
+        self._total = None
+        self.clear()
+
+    def absorb(self, records: int) -> None:
+        """Adds the chunk of ``records`` records that was just backpropagated; forgets its rows."""
+        if records:
+            total = self.collect(records)
+            self._total = total if self._total is None else self._total + total
+        self.clear()
+
+    def take(self) -> ClippedSum:
+        """The lot's clipped sum; zero for an empty lot.
+
+        Raises:
+            RuntimeError: If parameters or buffers were written while the lot's records were looked at.
+        """
+        moved = sorted(n for n, version in _versions(dict(self.module.named_parameters())).items() if version != self._written.get(n))
+        if moved:
+            raise RuntimeError(
+                f"the parameters {', '.join(moved[:6])} were written during the training step, where records could shape them without "
+                "noise. Write weights between lots, in on_train_batch_end."
+            )
+        self.check_buffers()
+        total = zero_sum(self.parameters, self.clip_norm) if self._total is None else self._total
+        self._total = None
+        return total
+
+    def collect(self, records: int) -> ClippedSum:
+        """The clipped sum of one chunk."""
+        return clipped_sum(self.rows(records), self.clip_norm)
+
+    def rows(self, records: int) -> dict[str, Tensor]:
+        """The rows ``[records, …]`` of the chunk that was just backpropagated, by parameter name."""
+        raise NotImplementedError
+
+    def forget_rows(self) -> None:
+        """Forgets the rows of backward passes so far, as ``zero_grad`` forgets ordinary gradients."""
+
+    def clear(self) -> None:
+        """Forgets rows and ordinary gradients."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    def attach(self) -> None:
+        """Prepares the module, once."""
+
+    def detach(self) -> None:
+        """Leaves the module as it was."""
+        self.clear()
+
+    def stepped(self, optimizer: torch.optim.Optimizer) -> None:
+        """Accepts what ``optimizer`` has just written, through the strategy."""
+        own = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self._written |= _versions({n: p for n, p in self.module.named_parameters() if id(p) in own})
+
+    # Guards -----------------------------------------------------------------------------------------------------------
 
     def guard(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raises if ``optimizer`` steps anything that this engine does not clip; called before every step.
+        """Raises if ``optimizer`` steps anything that this engine does not clip; called before every step of it.
 
         Raises:
             RuntimeError: Says what changed, how many such parameters there are, or that the strategy was passed by.
@@ -46,45 +115,30 @@ class PerRecordEngine:
         if not self.stepping:
             raise RuntimeError(
                 "the optimizer was stepped round DPStrategy, on a gradient that was neither clipped nor noised. Step it through "
-                "Lightning: leave optimizer_step() to the Trainer."
+                "Lightning: leave optimizer_step() to the Trainer, or call step() on what self.optimizers() returns."
             )
-        self.check_unchanged()
+        self._check_trainable()
         known = {id(parameter) for parameter in self.parameters.values()}
-        strange = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad and id(p) not in known]
+        others = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in known]
+        strange = [tuple(p.shape) for p in others if p.requires_grad]
         if strange:
             raise RuntimeError(
-                f"the optimizer holds {len(strange)} trainable parameters that are not the module's (shapes "
-                f"{[tuple(p.shape) for p in strange[:4]]}): their gradients would not be clipped. Register them in a layer of the module."
+                f"the optimizer holds {len(strange)} trainable parameters that are not the module's or do not see records by name (shapes "
+                f"{strange[:4]}): their gradients would not be clipped. Register them in a layer of the private modules."
             )
+        for parameter in others:  # frozen now, but thawed for a backward pass it may have kept a raw gradient
+            parameter.grad = None
 
     def check_modes(self) -> None:
-        """Raises if a layer with trainable parameters is in eval mode, where its per-record gradients are not recorded.
+        """Raises if a layer's mode hides its rows from this engine."""
 
-        Raises:
-            RuntimeError: Names the layers.
-        """
-        layers = {name.rpartition(".")[0] for name in self.parameters}
-        resting = sorted(name for name in layers if not self.module.get_submodule(name).training)
-        if resting:
-            raise RuntimeError(
-                f"the layers {', '.join(resting[:6])} are in eval mode, where their per-record gradients are not recorded. Call "
-                "train() on them, or freeze them with requires_grad_(False)."
-            )
-
-    def check_unchanged(self) -> None:
-        """Raises if the trainable parameters or the buffers are no longer those of set-up.
+    def check_buffers(self) -> None:
+        """Raises if the module's buffers are no longer those of set-up.
 
         Raises:
             RuntimeError: Names what changed and what to do.
         """
-        trainable = {name for name, parameter in self.module.named_parameters() if parameter.requires_grad}
-        changed = sorted(trainable ^ self.parameters.keys())
-        if changed:
-            raise RuntimeError(
-                f"the trainable parameters changed after set-up ({', '.join(changed[:6])}): their gradients would not be "
-                "clipped. Freeze and unfreeze between fits, not within one."
-            )
-        versions = self._buffer_versions()
+        versions = _versions(dict(self.module.named_buffers()))
         moved = sorted(name for name in versions if versions[name] != self._buffers.get(name))
         if moved:
             raise RuntimeError(
@@ -92,71 +146,35 @@ class PerRecordEngine:
                 "leave without noise. Replace BatchNorm by GroupNorm, and keep metrics out of the module's buffers."
             )
 
+    def _check_trainable(self) -> None:
+        trainable = {name for name, p in self.module.named_parameters() if self.covers(name) and p.requires_grad}
+        changed = sorted(trainable ^ self.parameters.keys())
+        if changed:
+            raise RuntimeError(
+                f"the trainable parameters changed after set-up ({', '.join(changed[:6])}): their gradients would not be "
+                "clipped. Freeze and unfreeze between fits, not within one."
+            )
+
+
+class SingleRecordEngine(PerRecordEngine):
+    """One record a backward pass: its ordinary gradient is its row. Slow, and right for every layer and loss."""
+
     def rows(self, records: int) -> dict[str, Tensor]:
-        """The rows ``[records, …]`` by parameter name gathered since the last call; forgets them.
+        """The gradient of the one record.
 
         Raises:
-            RuntimeError: If a parameter got an ordinary gradient but no rows, or another number of rows than records.
+            RuntimeError: If the chunk held several records.
         """
-        rows = {}
-        for name, parameter in self.parameters.items():
-            sample = getattr(parameter, "grad_sample", None)
-            if getattr(parameter, "_forward_counter", 0):
-                raise RuntimeError(
-                    f"{name}: a forward pass in the training step was not followed by its backward pass, so activations and "
-                    "gradients of records would be mixed up. Put extra forward passes under torch.no_grad()."
-                )
-            if sample is None:
-                if parameter.grad is not None:
-                    raise RuntimeError(
-                        f"{name} got a gradient but no per-record gradient: it is used outside its layer's own forward. Call the "
-                        "layer, or freeze it with requires_grad_(False)."
-                    )
-                rows[name] = parameter.new_zeros((records, *parameter.shape))
-                continue
-            if isinstance(sample, list):
-                raise RuntimeError(
-                    f"{name}: {len(sample)} backward passes before one optimizer step; one lot is one backward pass. Sum the "
-                    "losses and call backward once."
-                )
-            if len(sample) != records:
-                raise RuntimeError(
-                    f"{name} has {len(sample)} gradient rows for a lot of {records} records. One record must be one row: do not "
-                    "repeat or split records inside the training step."
-                )
-            rows[name] = sample
-        self.clear()
-        return rows
-
-    def collect(self, records: int) -> ClippedSum:
-        """The clipped sum over the lot; zero for an empty one."""
-        if records == 0:
-            self.clear()
-            return zero_sum(self.parameters, self.clip_norm)
-        return clipped_sum(self.rows(records), self.clip_norm)
-
-    def clear(self) -> None:
-        """Forgets the rows and the ordinary gradients."""
-        for parameter in self.parameters.values():
-            parameter.grad = None
-            if hasattr(parameter, "grad_sample"):
-                parameter.grad_sample = None
-
-    def detach(self) -> None:
-        """Removes every hook and attribute from the module."""
-        for hooks in self._hooks:
-            hooks.remove_hooks()
-        for module in self.module.modules():
-            for attribute in ("activations", "max_batch_len"):
-                if attribute in vars(module):
-                    delattr(module, attribute)
-        for parameter in self.module.parameters():
-            for attribute in ("grad_sample", "_forward_counter", "_current_grad_sample"):
-                if hasattr(parameter, attribute):
-                    delattr(parameter, attribute)
+        if records != 1:
+            raise RuntimeError(f"{records} records in one backward pass of the engine that takes each record alone.")
+        return {n: (torch.zeros_like(p) if p.grad is None else p.grad.detach())[None].clone() for n, p in self.parameters.items()}
 
 
-def lot_size(batch: Any) -> int:
+def _versions(tensors: dict[str, Tensor]) -> dict[str, tuple[int, int]]:
+    return {name: (id(tensor), tensor._version) for name, tensor in tensors.items()}
+
+
+def record_count(batch: Any) -> int:
     """The number of records in a collated batch: the length of its first tensor.
 
     Raises:
@@ -166,3 +184,17 @@ def lot_size(batch: Any) -> int:
         if isinstance(leaf, Tensor) and leaf.dim() > 0:
             return len(leaf)
     raise ValueError(f"a batch of {type(batch).__name__} holds no tensor with a record dimension: collate records into tensors.")
+
+
+def part_of(batch: Any, start: int, end: int, count: int) -> Any:
+    """Records ``start … end - 1`` of a collated batch of ``count``, in the batch's own structure."""
+    if isinstance(batch, Tensor):
+        return batch[start:end] if batch.dim() and len(batch) == count else batch
+    if isinstance(batch, dict):
+        return type(batch)((key, part_of(value, start, end, count)) for key, value in batch.items())  # type: ignore[call-arg]
+    if isinstance(batch, (list, tuple)):
+        if len(batch) == count and batch and not any(isinstance(item, (Tensor, dict, list, tuple)) for item in batch):
+            return batch[start:end]
+        parts = [part_of(item, start, end, count) for item in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    return batch

@@ -8,6 +8,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data.distributed import DistributedSampler
 
 from lightning_dpgen.privacy.noise import SecretStream
 from lightning_dpgen.privacy.plan import FullPass, PoissonSampling, Sampling
@@ -41,8 +42,12 @@ def _empty(leaf: Any) -> Any:
     return type(leaf)() if isinstance(leaf, (str, bytes, int, float)) else None
 
 
-def check_loader(loader: object) -> DataLoader[Any]:
+def check_loader(loader: object, world: int = 1) -> DataLoader[Any]:
     """Returns ``loader`` if its sampling can be replaced without changing what the user meant.
+
+    Args:
+        loader: What the user gave the Trainer.
+        world: Number of processes; with several, Lightning has already put its own distributed sampler in.
 
     Raises:
         ValueError: Says which loader is wanted instead.
@@ -58,6 +63,7 @@ def check_loader(loader: object) -> DataLoader[Any]:
     plain = type(sampler) is SequentialSampler or (
         type(sampler) is RandomSampler and not sampler.replacement and sampler._num_samples is None
     )
+    plain = plain or (world > 1 and isinstance(sampler, DistributedSampler))
     if not plain:
         raise ValueError(
             f"the DataLoader's sampler is a {type(sampler).__name__} that decides which records are drawn; the accounting needs "
@@ -68,20 +74,26 @@ def check_loader(loader: object) -> DataLoader[Any]:
     return loader
 
 
-def private_loader(loader: DataLoader[Any], sampling: Sampling, stream: SecretStream) -> DataLoader[Any]:
-    """``loader`` with the plan's sampling; as many lots in an epoch as it had batches.
+def private_loader(
+    loader: DataLoader[Any], sampling: Sampling, stream: SecretStream, rank: int = 0, world: int = 1
+) -> DataLoader[Any]:
+    """``loader`` with the plan's sampling; as many lots in an epoch as N records fill batches, with ``drop_last`` whole ones.
 
     Args:
         loader: A loader that passed :func:`check_loader`.
         sampling: Poisson lots, a full pass in chunks of the loader's batch size.
         stream: The SECRET stream.
+        rank: Which of several processes this is.
+        world: Number of processes; the loader's batch size is that of all of them together.
 
     Privacy:
         The sampler is the one that the plan is accounted for; lots may be empty and are never padded or dropped.
     """
     batch_sampler: Sampler[list[int]]
     if isinstance(sampling, PoissonSampling):
-        batch_sampler = PoissonLots(sampling, len(loader), stream)
+        whole, rest = divmod(sampling.records, cast(int, loader.batch_size))
+        lots = whole if loader.drop_last else whole + bool(rest)
+        batch_sampler = PoissonLots(sampling, lots, stream, rank, world)
     elif isinstance(sampling, FullPass):
         batch_sampler = FullPassChunks(sampling, cast(int, loader.batch_size))
     else:

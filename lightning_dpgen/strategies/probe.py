@@ -1,94 +1,251 @@
-"""Runs the row-independence probe on a user's module, on random inputs of its loader's shape."""
+"""Runs a user's module on random inputs of its loader's shape, once, and refuses what no list of refusals can foresee."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+import random
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
-from lightning_dpgen._compat import pl
-from lightning_dpgen.privacy.probe import check_row_independence
-from lightning_dpgen.strategies.engine import PerRecordEngine
+from lightning_dpgen.privacy.clipping import clipped_sum, tensors_of
+from lightning_dpgen.privacy.probe import RowDependenceError, check_row_independence
+from lightning_dpgen.strategies.engine import PerRecordEngine, SingleRecordEngine, record_count
+from lightning_dpgen.strategies.functional import FunctionalEngine
+from lightning_dpgen.strategies.hooks import HooksEngine
+
+if TYPE_CHECKING:
+    from lightning_dpgen.strategies.private import PrivateTraining
 
 LOT = 4
+POOL = 32
+"""Records whose integers (labels) the probe may borrow, spread over the data set."""
+
+
+class Probe:
+    """The check of one fit.
+
+    Args:
+        strategy: The strategy that fits.
+        engine: The engine whose rows are compared, attached.
+        loader: The training loader; the structure and the integers of its records are copied, floats are replaced.
+        step: The user's training step under the precision plugin.
+
+    Privacy:
+        Reads the structure and the integers of some records; nothing that it computes is kept but a refusal, which is for the
+        owner before training.
+    """
+
+    def __init__(self, strategy: PrivateTraining, engine: PerRecordEngine, loader: DataLoader[Any], step: Callable[..., Any]) -> None:
+        self.strategy, self.engine, self.loader, self.step = strategy, engine, loader, step
+        self.module = strategy._module
+        reduced = "bf16" in str(self.module.trainer.precision)
+        self.tolerance = 5e-2 if reduced else 1e-3
+        self._rows: dict[str, Tensor] | None = None
+        self._public: list[Tensor] = []
+        self._count = 0
+
+    def run(self) -> None:
+        """Compares rows over exchanges of the other records.
+
+        Raises:
+            RowDependenceError: If rows mix records.
+            RuntimeError: If the engine's rows are not the gradient, or a public optimizer's gradient depends on records.
+        """
+        records, others = self._records()
+        with undisturbed(self.module, self.strategy):
+            if isinstance(self.engine, SingleRecordEngine):
+                self._rows_of(records[:1], 0)
+            elif isinstance(self.engine, HooksEngine):
+                self._check_hooks(self.engine, records, others)
+            else:
+                self._compare(records, others)
+            if not self.module.automatic_optimization:
+                self._check_public(records, others)
+            self.engine.clear()
+
+    def saw(self, is_private: bool, optimizer: Any) -> None:
+        """What the strategy calls in place of a step in manual optimization."""
+        if is_private:
+            self._rows = self._of_engine()
+            self.engine.clear()
+        else:
+            self._public += [p.grad.clone() for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+
+    def _check_hooks(self, engine: HooksEngine, records: list[Any], others: list[list[Any]]) -> None:
+        try:
+            self._compare(records, others)
+        except RowDependenceError as error:
+            engine.set_reduction("sum")  # a loss that is a sum over records, not a mean, has rows of its own
+            try:
+                self._compare(records, others)
+            except RowDependenceError:
+                raise error from None
+
+    def _compare(self, records: list[Any], others: list[list[Any]]) -> None:
+        for other in others:
+            check_row_independence(self._rows_of, records, other, self.tolerance)
+
+    def _rows_of(self, records: Sequence[Any], seed: int) -> dict[str, Tensor]:
+        _seed(seed)
+        collated = self.loader.collate_fn.collate(list(records))  # type: ignore[attr-defined]
+        batch = self.strategy.batch_to_device(self.strategy.precision_plugin.convert_input(collated), self.strategy.root_device)
+        self._count = record_count(batch)
+        self.engine.clear()
+        _seed(seed)
+        arguments = (batch, 0)[: _arguments(self.module)]
+        if isinstance(self.engine, FunctionalEngine):
+            rows, _, _ = self.engine.rows_of(self.step, *arguments)
+            return {name: value.detach() for name, value in rows.items()}
+        output = self.step(*arguments)
+        if self.module.automatic_optimization:
+            loss = output.get("loss") if isinstance(output, dict) else output
+            if loss is None:
+                return {name: value.new_zeros((self._count, *value.shape)) for name, value in self.engine.parameters.items()}
+            loss.backward()
+            return self._of_engine()
+        if self._rows is None:
+            raise RuntimeError(
+                f"{type(self.module).__name__}.training_step did not step its private optimizer. Step it once in every training_step."
+            )
+        rows, self._rows = self._rows, None
+        return rows
+
+    def _of_engine(self) -> dict[str, Tensor]:
+        rows = {name: value.clone() for name, value in self.engine.rows(self._count).items()}
+        self._check_gradient(rows)
+        if type(self.engine).collect is not PerRecordEngine.collect:
+            mine, theirs = tensors_of(self.engine.collect(self._count)), tensors_of(clipped_sum(rows, self.engine.clip_norm))
+            wrong = [n for n, value in theirs.items() if not _close(mine[n], value, self.tolerance)]
+            if wrong:
+                raise RuntimeError(f"the clipped sum of {', '.join(wrong[:6])} is not that of its rows. Use grad_sample='hooks'.")
+        return rows
+
+    def _check_gradient(self, rows: dict[str, Tensor]) -> None:
+        """The rows' sum must be the ordinary gradient, or a layer was used in a way that its hook did not see."""
+        if len({len(value) for value in rows.values()}) != 1 or isinstance(self.engine, SingleRecordEngine):
+            return
+        share = self._count if self.engine.loss_reduction == "mean" else 1
+        wrong = []
+        for name, parameter in self.engine.parameters.items():
+            plain = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            if not _close(rows[name].sum(0) / share, plain, self.tolerance):
+                wrong.append(name)
+        if wrong:
+            raise RowDependenceError(
+                f"the per-record gradients of {', '.join(wrong[:6])} do not add up to its gradient: a weight that is also used outside its "
+                "layer (tied by hand), an Embedding with padding_idx, or a layer that the hooks do not know. Use grad_sample='functional', physical_batch_size=1, or, for "
+                "recurrent and attention layers, opacus.layers (DPLSTM, DPMultiheadAttention)."
+            )
+
+    def _check_public(self, records: list[Any], others: list[list[Any]]) -> None:
+        found = []
+        for lot in (records, others[0]):
+            self._public = []
+            self._rows_of(lot, 0)
+            found.append(self._public)
+        if len(found[0]) != len(found[1]) or not all(_close(a, b, self.tolerance) for a, b in zip(*found, strict=True)):
+            raise RuntimeError(
+                f"an optimizer of {type(self.module).__name__} that is not private steps on a gradient that changes with the records: it would "
+                "carry them past the noise. Let its loss read generated data and released weights only, or name its networks in "
+                "private_modules."
+            )
+
+    def _records(self) -> tuple[list[Any], list[list[Any]]]:
+        """A lot of randomised records, and two lots to exchange them with, of as many different labels as there are."""
+        data: Any = self.loader.dataset
+        places = np.unique(np.linspace(0, len(data) - 1, POOL).astype(int))
+        groups: dict[Any, list[Any]] = {}
+        for place in places:
+            record = data[int(place)]
+            groups.setdefault(tuple(_integers(leaf) for leaf in tree_leaves(record)), []).append(record)
+        turns: list[Any] = []
+        while any(groups.values()):
+            turns += [group.pop(0) for group in groups.values() if group]
+        while len(turns) < LOT:
+            turns = turns + turns
+        first, last, second = turns[0], turns[-1], turns[min(1, len(turns) - 1)]
+        _seed(0)
+        lots = [turns[:LOT], [first] * LOT, [second] * LOT, [last] * LOT]
+        randomised = [[tree_map(_randomised, record) for record in lot] for lot in lots]
+        return randomised[0], randomised[1:]
+
+
+def _integers(leaf: Any) -> Any:
+    if isinstance(leaf, (Tensor, np.ndarray)):
+        floating = leaf.is_floating_point() if isinstance(leaf, Tensor) else np.issubdtype(leaf.dtype, np.floating)
+        return None if floating or int(np.prod(leaf.shape)) > 1 else int(leaf)
+    return leaf if isinstance(leaf, (int, str)) else None
+
+
+def _randomised(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor) and leaf.is_floating_point():
+        return torch.rand_like(leaf)
+    if isinstance(leaf, np.ndarray) and np.issubdtype(leaf.dtype, np.floating):
+        return np.random.random_sample(leaf.shape).astype(leaf.dtype)
+    return random.random() if isinstance(leaf, float) else leaf
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+def _close(one: Tensor, other: Tensor, tolerance: float) -> bool:
+    scale = max(float(one.abs().max()), float(other.abs().max())) if one.numel() else 0.0
+    return one.shape == other.shape and torch.allclose(one.float(), other.float(), rtol=tolerance, atol=tolerance * scale + 1e-12)
+
+
+def _arguments(module: nn.Module) -> int:
+    step: Any = module.training_step
+    return 2 if step.__code__.co_argcount > 2 or step.__code__.co_flags & 0x04 else 1
 
 
 @contextmanager
-def _undisturbed(module: pl.LightningModule) -> Iterator[None]:
-    """Parameters, buffers, metrics, logging and the random state are as before afterwards."""
-    state = {name: value.detach().clone() for name, value in module.state_dict(keep_vars=True).items() if torch.is_tensor(value)}
-    names = ("log", "log_dict")
-    for name in names:
-        setattr(module, name, lambda *args, **kwargs: None)
-    with torch.random.fork_rng():
-        try:
+def undisturbed(module: Any, strategy: PrivateTraining) -> Iterator[None]:
+    """Weights, buffers, plain attributes, metrics, optimizers, schedulers, logging and random states are as before afterwards."""
+    tensors = [*module.parameters(), *module.buffers()]
+    values = [tensor.detach().clone() for tensor in tensors]
+    plain = {k: copy.copy(v) for k, v in vars(module).items() if isinstance(v, (list, dict, set, int, float)) and not k.startswith("_")}
+    schedulers = [(config.scheduler, copy.deepcopy(config.scheduler.state_dict())) for config in strategy.lr_scheduler_configs]
+    groups = [[dict(group) for group in optimizer.param_groups] for optimizer in strategy.optimizers]
+    metrics = [(m, copy.deepcopy(m._copy_state_dict()), m._update_count) for m in module.modules() if isinstance(m, Metric)]
+    resting = [m for m in module.modules() if isinstance(m, _DropoutNd) and m.training]
+    states = np.random.get_state(), random.getstate()
+    for name in ("log", "log_dict"):
+        vars(module)[name] = lambda *args, **kwargs: None
+    for layer in resting:  # its draws differ with the number of records, which would hide a loss that depends on it
+        layer.training = False
+    try:
+        with torch.random.fork_rng(devices=[strategy.root_device] if strategy.root_device.type == "cuda" else []):
             yield
-        finally:
-            for name in names:
-                delattr(module, name)
-            with torch.no_grad():
-                for name, value in module.state_dict(keep_vars=True).items():
-                    if torch.is_tensor(value) and not torch.equal(value, state[name]):
-                        value.copy_(state[name])
-            for child in module.modules():
-                if isinstance(child, Metric):
-                    child.reset()
-
-
-def probe_module(
-    trainer: pl.Trainer, module: pl.LightningModule, loader: DataLoader[Any], engine: PerRecordEngine, device: torch.device
-) -> None:
-    """Refuses a module in which a record's gradient depends on the other records of its lot.
-
-    Args:
-        trainer: The fitting trainer.
-        module: The user's module, hooks attached.
-        loader: The training loader; the structure of its records is copied, floats are replaced by random ones.
-        engine: The engine whose rows are compared.
-        device: Where the module lives.
-
-    Privacy:
-        Reads the structure and the integers (labels) of the first records; computes nothing that is kept.
-
-    Raises:
-        RowDependenceError: If rows mix records.
-    """
-    first = [loader.dataset[i % len(loader.dataset)] for i in range(LOT)]  # type: ignore[arg-type]
-    leaves, structure = tree_flatten(loader.collate_fn(first))
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == LOT]
-    lot = [leaves[i] for i in places]
-
-    def randomised() -> list[Tensor]:
-        return [torch.rand_like(leaf) if leaf.is_floating_point() else leaf.clone() for leaf in lot]
-
-    def rows(batch: Sequence[Tensor]) -> dict[str, Tensor]:
-        filled = list(leaves)
-        for place, value in zip(places, batch, strict=True):
-            filled[place] = value
-        moved = trainer.strategy.batch_to_device(tree_unflatten(filled, structure), device)
-        torch.manual_seed(0)
-        with trainer.precision_plugin.train_step_context():
-            output: Any = module.training_step(*((moved, 0) if _takes_index(module) else (moved,)))
-        loss = output["loss"] if isinstance(output, dict) else output
-        if loss is None:
-            return {name: value.new_zeros((len(batch[0]), *value.shape)) for name, value in engine.parameters.items()}
-        loss.backward()
-        return {name: value.clone() for name, value in engine.rows(len(batch[0])).items()}
-
-    with _undisturbed(module):
-        engine.clear()
-        batch, other = randomised(), randomised()
-        check_row_independence(rows, batch, other)
-        engine.clear()
-
-
-def _takes_index(module: pl.LightningModule) -> bool:
-    import inspect
-
-    return len(inspect.signature(module.training_step).parameters) > 1
+    finally:
+        for name in ("log", "log_dict"):
+            vars(module).pop(name, None)
+        vars(module).update(plain)
+        for layer in resting:
+            layer.training = True
+        with torch.no_grad():
+            for tensor, value in zip(tensors, values, strict=True):
+                if not torch.equal(tensor, value):
+                    tensor.copy_(value)
+        for scheduler, state in schedulers:
+            scheduler.load_state_dict(state)
+        for optimizer, old in zip(strategy.optimizers, groups, strict=True):
+            for group, before in zip(optimizer.param_groups, old, strict=True):
+                group.update(before)
+        for metric, cache, count in metrics:
+            for name, value in cache.items():
+                setattr(metric, name, value)
+            metric._update_count, metric._computed = count, None
+        np.random.set_state(states[0])
+        random.setstate(states[1])

@@ -1,0 +1,262 @@
+"""What a strategy's fits may spend, have spent and must claim; kept in its ledger and in every checkpoint."""
+
+from __future__ import annotations
+
+import logging
+import math
+import uuid
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lightning_dpgen.privacy.accounting import calibrate_noise_multiplier, epsilon
+from lightning_dpgen.privacy.budget import PrivacyBudget
+from lightning_dpgen.privacy.ledger import PrivacyLedger
+from lightning_dpgen.privacy.mechanism import BudgetExhausted, GaussianMechanism
+from lightning_dpgen.privacy.noise import SecretStream
+from lightning_dpgen.privacy.plan import PrivacyPlan, Relation, ReleaseEvent
+
+log = logging.getLogger(__name__)
+
+NEW_LEDGER = "new"
+Counts = dict[ReleaseEvent, int]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The arguments of a strategy that its account rests on.
+
+    Args:
+        budget: The target, or ``None`` where a noise multiplier was given.
+        delta: δ.
+        noise_multiplier: The given noise multiplier, or ``None`` where a budget was given.
+        ledger: Path of the ledger, ``None`` for the default place, ``"new"`` to accept a lost one.
+    """
+
+    budget: PrivacyBudget | None
+    delta: float
+    noise_multiplier: float | None
+    ledger: str | None
+
+
+class PrivacyAccount:
+    """The ledger of one strategy, over all its fits.
+
+    Args:
+        terms: What was asked for.
+        stream: The SECRET stream of the mechanism.
+
+    Attributes:
+        mechanism: The door of the current or last fit; ``None`` before the first.
+        before: Releases that the records had already paid for when the last fit began.
+        planned: Releases that the last fit may add.
+        notes: Sentences for the certificate.
+
+    Privacy:
+        A target ε is a cap for all fits together. A fit that ends early still claims what it had planned, since when to
+        stop may have depended on records. Nothing that was ever released is forgotten: file and checkpoint are merged.
+    """
+
+    def __init__(self, terms: Terms, stream: SecretStream) -> None:
+        self.terms = terms
+        self.stream = stream
+        self.mechanism: GaussianMechanism | None = None
+        self.before: Counter[ReleaseEvent] = Counter()
+        self.planned: Counter[ReleaseEvent] = Counter()
+        self.notes: list[str] = []
+        self._lost: Counter[ReleaseEvent] = Counter()
+
+    @property
+    def keeps_budget(self) -> bool:
+        """Whether the budget bounds everything that may have been released."""
+        return self.terms.budget is not None and not self._lost
+
+    def ready(self) -> GaussianMechanism:
+        """The mechanism.
+
+        Raises:
+            RuntimeError: Before the first fit.
+        """
+        if self.mechanism is None:
+            raise RuntimeError("DPStrategy has no plan yet: it is made when Trainer.fit sets up the module and its data.")
+        return self.mechanism
+
+    def epsilon_spent(self, relation: Relation = Relation.ZERO_OUT) -> float:
+        """ε of the ledger so far; 0 before the first release."""
+        return 0.0 if self.mechanism is None else self.mechanism.ledger.epsilon(self.terms.delta, relation).value
+
+    def is_spent(self) -> bool:
+        """Whether a budget was given and allows no further release."""
+        mechanism = self.ready()
+        return self.terms.budget is not None and all(mechanism.remaining(r.name) < 1 for r in mechanism.plan.releases)
+
+    def begin(self, plan: PrivacyPlan, folder: Path, previous: dict[str, Any] | None, share_done: float) -> GaussianMechanism:
+        """Opens a fit: calibrates or continues, merges what a checkpoint knows, checks the budget.
+
+        Args:
+            plan: What this fit would release if it ran from its first step.
+            folder: Where a ledger without a given path is kept.
+            previous: :meth:`state` from a checkpoint that the fit continues.
+            share_done: Part of the plan's steps that lie behind the fit already; counts only without a budget, since a
+                budget's plan is counted by the ledger.
+
+        Raises:
+            ValueError: If the checkpoint or an earlier fit was under other terms or another ledger.
+            BudgetExhausted: If the budget does not allow the fit.
+        """
+        budget = self.terms.budget
+        if self.mechanism is not None and budget is not None:
+            plan = self._first_plan(self.mechanism.plan, plan)
+        if previous is not None:
+            self._check_same(previous, plan)
+        if self.mechanism is not None:
+            noise, ledger = self.mechanism.noise_multiplier, self.mechanism.ledger
+            if previous is not None and previous["run"] != ledger.run_id:
+                raise ValueError(
+                    f"the checkpoint belongs to ledger {previous['run']}, this strategy has already written ledger {ledger.run_id}. Use a "
+                    "DPStrategy of its own to continue the checkpoint."
+                )
+        else:
+            ledger = self._open_ledger(folder, previous)
+            noise = self._noise(plan, previous)
+        if previous is not None:
+            self._continue(ledger, previous)
+        self.mechanism = GaussianMechanism(plan, noise, ledger, self.stream, capped=budget is not None)
+        self.before = Counter(ledger.counts) + self._lost
+        self.planned = Counter()
+        for event, count in plan.events(noise):
+            left = max(0, self.mechanism.remaining(event.name)) if budget is not None else math.ceil(count * (1 - share_done))
+            self.planned[event] = left
+        self._check_budget(ledger)
+        return self.mechanism
+
+    def follow(self, leader: dict[str, Any], plan: PrivacyPlan) -> GaussianMechanism:
+        """Takes over a fit that another process has begun: the same noise and counts, with a ledger in memory only.
+
+        Args:
+            leader: :meth:`state` of that process's account.
+            plan: The plan of its mechanism.
+        """
+        ledger = PrivacyLedger(None, str(leader["run"]))
+        ledger.merge(_counts(leader["released"]))
+        noise = float(leader["noise_multiplier"])
+        self.mechanism = GaussianMechanism(plan, noise, ledger, self.stream, capped=self.terms.budget is not None)
+        self._lost, self.notes = Counter(_counts(leader["lost"])), list(leader["notes"])
+        self.before = Counter(ledger.counts) + self._lost
+        self.planned = Counter(_counts(leader["promised"])) - self.before
+        return self.mechanism
+
+    def state(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        mechanism = self.ready()
+        return {
+            **self._claims(mechanism.plan),
+            "noise_multiplier": mechanism.noise_multiplier,
+            "run": mechanism.ledger.run_id,
+            "ledger": None if mechanism.ledger.path is None else str(mechanism.ledger.path),
+            "released": _listed(mechanism.ledger.counts),
+            "promised": _listed(self.before + self.planned),
+            "lost": _listed(self._lost),
+            "notes": list(self.notes),
+        }
+
+    def _continue(self, ledger: PrivacyLedger, previous: dict[str, Any]) -> None:
+        self._lost = self._lost | Counter(_counts(previous["lost"]))
+        self.notes += [note for note in previous["notes"] if note not in self.notes]
+        is_new = len(ledger) == 0
+        missing = ledger.merge(_counts(previous["released"]))
+        if missing and not is_new:
+            self.notes.append(f"The ledger file lacked {missing} releases that a checkpoint knew of; they were added again.")
+            log.warning(self.notes[-1])
+
+    def _first_plan(self, first: PrivacyPlan, plan: PrivacyPlan) -> PrivacyPlan:
+        """The plan that the budget was calibrated for: a target ε is for all fits together."""
+        uncounted = [replace(p, releases=tuple(replace(r, count=1) for r in p.releases)) for p in (first, plan)]
+        if uncounted[0] != uncounted[1]:
+            raise ValueError(
+                f"this strategy's epsilon was calibrated for {first}; this fit plans {plan}. Use a DPStrategy of its own, with "
+                "ledger=… the earlier ledger's path if the records are the same."
+            )
+        return first
+
+    def _noise(self, plan: PrivacyPlan, previous: dict[str, Any] | None) -> float:
+        if previous is not None:
+            return float(previous["noise_multiplier"])
+        if self.terms.budget is not None:
+            return calibrate_noise_multiplier(plan, self.terms.budget)
+        assert self.terms.noise_multiplier is not None
+        return self.terms.noise_multiplier
+
+    def _open_ledger(self, folder: Path, previous: dict[str, Any] | None) -> PrivacyLedger:
+        run = uuid.uuid4().hex[:12] if previous is None else str(previous["run"])
+        argument = self.terms.ledger
+        path = folder / f"{run}.jsonl"
+        if argument not in (None, NEW_LEDGER):
+            path = Path(str(argument))
+        elif previous is not None and not path.exists() and previous["ledger"] is not None and Path(previous["ledger"]).exists():
+            path = Path(previous["ledger"])
+        if previous is not None and not path.exists():
+            if argument != NEW_LEDGER:
+                raise ValueError(
+                    f"the checkpoint's ledger {path} is missing: releases made after the checkpoint would be forgotten. Restore the "
+                    f"file, give its place with DPStrategy(ledger=…), or accept a new one with DPStrategy(ledger={NEW_LEDGER!r}): the "
+                    "claim then counts everything that the lost part of the run had planned as released, and says so."
+                )
+            released, promised = Counter(_counts(previous["released"])), Counter(_counts(previous["promised"]))
+            self._lost = promised - released
+            self.notes.append(
+                f"The ledger file of an earlier part of this run was lost. All {sum(self._lost.values())} releases that it had planned "
+                "beyond its checkpoint are counted as made, so the claim may be above the budget."
+            )
+        ledger = PrivacyLedger(path, run)
+        if previous is not None and ledger.run_id != run:
+            raise ValueError(f"the checkpoint belongs to ledger {run}; {path} is ledger {ledger.run_id}. Give the path of ledger {run}.")
+        return ledger
+
+    def _check_same(self, previous: dict[str, Any], plan: PrivacyPlan) -> None:
+        for name, value in self._claims(plan).items():
+            if previous[name] != value:
+                raise ValueError(
+                    f"the checkpoint is of another plan: its {name} is {previous[name]}, this run's is {value}. Use the same epsilon, "
+                    "delta, clip norm, batch size and steps, or start without ckpt_path."
+                )
+
+    def _claims(self, plan: PrivacyPlan) -> dict[str, Any]:
+        shape = plan.to_dict()
+        if self.terms.budget is None:  # without a cap a run may be continued for more steps
+            shape["releases"] = [{**release, "count": None} for release in shape["releases"]]
+        return {
+            "epsilon": None if self.terms.budget is None else self.terms.budget.epsilon,
+            "delta": self.terms.delta,
+            "given_noise_multiplier": self.terms.noise_multiplier,
+            "plan": shape,
+        }
+
+    def _check_budget(self, ledger: PrivacyLedger) -> None:
+        budget = self.terms.budget
+        if budget is None:
+            return
+        if not any(self.planned.values()):
+            raise BudgetExhausted(
+                f"epsilon={budget.epsilon:g} is spent: ledger {ledger.run_id} holds {len(ledger)} releases. What was trained may be "
+                "used freely, but these records allow no more training under this budget."
+            )
+        needed = epsilon((self.before + self.planned).items(), self.terms.delta).value
+        if needed <= budget.epsilon:
+            return
+        if self._lost:
+            log.warning("%s It comes to epsilon=%.3f.", self.notes[-1], needed)
+            return
+        raise BudgetExhausted(
+            f"ledger {ledger.run_id} already holds {len(ledger)} releases; with this run's they come to epsilon={needed:.3f}, above "
+            f"{budget.epsilon:g}. Use a larger budget or a ledger of other records."
+        )
+
+
+def _listed(counts: Counts) -> list[Any]:
+    return [[event.to_dict(), count] for event, count in counts.items() if count]
+
+
+def _counts(listed: list[Any]) -> Counts:
+    return {ReleaseEvent.from_dict(event): int(count) for event, count in listed}

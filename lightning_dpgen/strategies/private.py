@@ -1,0 +1,520 @@
+"""What makes a Lightning strategy private: the hooks that single-device and multi-process strategies share."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_dpgen._compat import pl
+from lightning_dpgen._validate import non_negative, one_of, positive, positive_int
+from lightning_dpgen.privacy.budget import PrivacyBudget
+from lightning_dpgen.privacy.clipping import ClippedSum
+from lightning_dpgen.privacy.ledger import PrivacyLedger
+from lightning_dpgen.privacy.mechanism import GaussianMechanism
+from lightning_dpgen.privacy.noise import SecretStream
+from lightning_dpgen.privacy.plan import PoissonSampling, PrivacyPlan, Relation, Release
+from lightning_dpgen.strategies.account import PrivacyAccount, Terms
+from lightning_dpgen.strategies.compatibility import (
+    check_module,
+    check_trainer,
+    monitored,
+    planned_steps,
+    private_optimizer,
+    private_roots,
+)
+from lightning_dpgen.strategies.engine import PerRecordEngine, SingleRecordEngine, part_of, record_count
+from lightning_dpgen.strategies.functional import CHUNK, FunctionalEngine
+from lightning_dpgen.strategies.ghost import GhostEngine
+from lightning_dpgen.strategies.hooks import HooksEngine
+from lightning_dpgen.strategies.loaders import check_loader, private_loader
+from lightning_dpgen.strategies.probe import Probe
+
+log = logging.getLogger(__name__)
+
+GRADIENT_SUM = "gradient_sum"
+ENGINES: dict[str, type[PerRecordEngine]] = {"hooks": HooksEngine, "ghost": GhostEngine, "functional": FunctionalEngine}
+
+
+class PrivateTraining(pl.strategies.Strategy):
+    """Mixed into a Lightning strategy; see :class:`~lightning_dpgen.strategies.DPStrategy` for arguments and guarantee."""
+
+    rank, world = 0, 1
+
+    def _set_private_arguments(
+        self,
+        epsilon: float | None,
+        delta: float,
+        noise_multiplier: float | None,
+        clip_norm: float | None,
+        grad_sample: str,
+        physical_batch_size: int | None,
+        private_modules: str | list[str] | None,
+        ledger: str | os.PathLike[str] | None,
+        secure_noise: bool,
+    ) -> None:
+        if (epsilon is None) == (noise_multiplier is None):
+            raise ValueError(
+                f"epsilon={epsilon}, noise_multiplier={noise_multiplier}: give exactly one of them, for example "
+                f"{type(self).__name__}(epsilon=10, delta=1e-5)."
+            )
+        if noise_multiplier is not None:
+            non_negative("noise_multiplier", noise_multiplier)
+        if clip_norm is not None:
+            positive("clip_norm", clip_norm)
+        self.budget = None if epsilon is None else PrivacyBudget(epsilon, delta)
+        self.delta = PrivacyBudget(1.0, delta).delta
+        self._clip_norm = clip_norm
+        self._grad_sample = one_of("grad_sample", grad_sample, tuple(ENGINES))
+        self._physical = None if physical_batch_size is None else positive_int("physical_batch_size", physical_batch_size)
+        self._private_modules = private_modules
+        self._stream = SecretStream(secure=secure_noise)
+        self.account = PrivacyAccount(Terms(self.budget, self.delta, noise_multiplier, None if ledger is None else str(ledger)), self._stream)
+        self.open_ended = False
+        self._engine: PerRecordEngine | None = None
+        self._probe: Probe | None = None
+        self._private: torch.optim.Optimizer | None = None
+        self._guards: list[Any] = []
+        self._records = self._batch_size = self._pending = 0
+        self._restored: dict[str, Any] | None = None
+        self._prepared = self._lot_is_open = False
+        self._private_keys: set[str] = set()
+
+    # What a run has spent ------------------------------------------------------------------------------------------
+
+    @property
+    def mechanism(self) -> GaussianMechanism | None:
+        """The door of the current or last fit; ``None`` before the first."""
+        return self.account.mechanism
+
+    @property
+    def plan(self) -> PrivacyPlan:
+        """The plan in force.
+
+        Raises:
+            RuntimeError: Before ``fit``.
+        """
+        return self.account.ready().plan
+
+    @property
+    def noise_multiplier(self) -> float:
+        """Noise standard deviation ÷ clip norm in force."""
+        return self.account.ready().noise_multiplier
+
+    @property
+    def ledger(self) -> PrivacyLedger:
+        """The ledger in force."""
+        return self.account.ready().ledger
+
+    @property
+    def noise_source(self) -> str:
+        """Where noise and masks come from, in words."""
+        return self._stream.source(self.root_device)
+
+    def epsilon_spent(self, relation: Relation = Relation.ZERO_OUT) -> float:
+        """ε at this strategy's δ of everything in the ledger so far; 0 before the first release."""
+        return self.account.epsilon_spent(relation)
+
+    # Lightning's hooks, in the order in which they are called -------------------------------------------------------
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads the checkpoint and, when fitting, what its run had spent."""
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        if self._module.trainer.state.fn == "fit":
+            if "privacy" not in checkpoint:
+                raise ValueError(
+                    f"{checkpoint_path} was written without DPStrategy: what its training released is not known, so it cannot be "
+                    "continued privately. Start without ckpt_path, or load weights trained on public data yourself."
+                )
+            self._restored = {**checkpoint["privacy"], "global_step": checkpoint["global_step"]}
+        return checkpoint
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        """Sets up as Lightning does; when fitting, also plans, calibrates and opens the ledger."""
+        if trainer.state.fn != "fit":
+            super().setup(trainer)
+            return
+        module = self._module
+        check_trainer(trainer, capped=self.budget is not None)
+        roots: tuple[str, ...] = ()
+        if self._owns_releases:
+            self._check_own_releases(module)
+        else:
+            roots = private_roots(module, self._private_modules)
+            check_module(module, roots, self._grad_sample, self._physical)
+        super().setup(trainer)
+        if not self._owns_releases:
+            self._private = private_optimizer(self.optimizers, module, roots)
+        self._prepare(trainer, module)
+        if self._owns_releases:
+            cast(Any, module).mechanism = self.mechanism
+        else:
+            self._attach(module, roots)
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Replaces the training loader by one with the plan's sampling; leaves the others."""
+        if not self._module.trainer.training:
+            return dataloader
+        loader = check_loader(dataloader, self.world)
+        self._records = len(cast(Any, loader.dataset))
+        self._batch_size = cast(int, loader.batch_size)
+        sampling = self._plan_of(1).sampling
+        if self._prepared and sampling != self.plan.sampling:
+            raise ValueError(
+                f"the training loader changed within a fit: the plan is accounted for {self.plan.sampling}, the new loader is "
+                f"{sampling}. Keep the data and batch_size (reload_dataloaders_every_n_epochs=0)."
+            )
+        return private_loader(loader, sampling, self._stream, self.rank, self.world)
+
+    def on_train_start(self) -> None:
+        """Checks the loader once more and, for a user's module, that rows depend on their own records."""
+        super().on_train_start()
+        loader = self._module.trainer.train_dataloader
+        sampling = getattr(getattr(loader, "batch_sampler", None), "sampling", None)
+        if not isinstance(loader, DataLoader) or sampling != self.plan.sampling:
+            raise ValueError(
+                f"the training data is a {type(loader).__name__} sampled by {sampling}; a private run needs exactly one DataLoader, "
+                f"sampled as planned: {self.plan.sampling}."
+            )
+        if self._engine is not None:
+            self._engine.check_modes()
+            self._probe = Probe(self, self._engine, loader, super().training_step)
+            try:
+                self._probe.run()
+            finally:
+                self._probe = None
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's step: on chunks of the lot, and not at all on the records of an empty one."""
+        engine = self._engine
+        if engine is None:
+            self.account.ready().next_lot()
+            output = super().training_step(*args, **kwargs)
+            self._stop_if_spent()
+            return output
+        batch, rest = args[0], args[1:]
+        count = record_count(batch)
+        engine.open()
+        engine.check_modes()
+        if not self._module.automatic_optimization:
+            return self._manual_step(engine, batch, count, rest)
+        self._pending = 0
+        if count == 0:
+            return self._zero_loss(engine)
+        if isinstance(engine, FunctionalEngine):
+            return self._functional_step(engine, batch, count, rest)
+        output, losses = None, []
+        size = self._physical or count
+        for start in range(0, count, size):
+            engine.absorb(self._pending)
+            end = min(count, start + size)
+            output = super().training_step(part_of(batch, start, end, count) if size < count else batch, *rest)
+            loss = loss_of(output)
+            self._pending = 0 if loss is None else end - start
+            if loss is not None:
+                losses.append(loss.detach() * (end - start))
+            if loss is None:
+                engine.clear()
+            elif end < count:
+                self.backward(loss, self._private)
+        loss = loss_of(output)
+        if loss is None or size >= count:
+            return output if losses or loss is not None else None
+        mean = torch.stack(losses).sum() / count
+        return with_loss(output, loss + (mean - loss).detach())
+
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """As in Lightning; rows of what ``zero_grad`` has wiped since are forgotten first."""
+        engine = self._engine
+        if engine is not None and all(parameter.grad is None for parameter in engine.parameters.values()):
+            engine.forget_rows()
+        return super().backward(closure_loss, optimizer, *args, **kwargs)
+
+    def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        """Steps; the optimizer of what sees records on the released gradient in place of the raw one."""
+        engine = self._engine
+        if engine is None:
+            return super().optimizer_step(optimizer, closure, model, **kwargs)
+        if self._probe is not None:
+            closure()
+            self._probe.saw(optimizer is self._private, optimizer)
+            return None
+        if optimizer is not self._private:
+            return self._public_step(engine, optimizer, closure, model, **kwargs)
+        mechanism = self.account.ready()
+        if self._module.automatic_optimization:
+            mechanism.next_lot()
+
+        def private_closure() -> Any:
+            engine.stepping = False  # the hook has let this step pass; none may follow within the closure
+            if self._module.automatic_optimization:
+                with fresh_randomness(self.root_device):
+                    loss = closure()
+            else:
+                loss = closure()
+            engine.absorb(self._pending)
+            self._pending = 0
+            self._release(engine)
+            return loss
+
+        engine.stepping = True
+        try:
+            output = super().optimizer_step(optimizer, private_closure, model, **kwargs)
+        finally:
+            engine.stepping = False
+        engine.stepped(optimizer)
+        self._lot_is_open = False
+        self._stop_if_spent()
+        return output
+
+    def on_train_end(self) -> None:
+        """Puts the spent ε into ``trainer.callback_metrics``."""
+        super().on_train_end()
+        if self._engine is not None:
+            self._engine.check_buffers()
+        self._module.trainer.callback_metrics["privacy/epsilon"] = torch.tensor(self.epsilon_spent())
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Adds plan, noise and spent releases to the checkpoint, which is private: it may hold optimizer and loop state."""
+        if self.mechanism is not None:
+            checkpoint["privacy"] = self.account.state()
+        super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def teardown(self) -> None:
+        """Leaves the module without hooks."""
+        self._prepared, self._restored, self._private = False, None, None
+        for guard in self._guards:
+            guard.remove()
+        self._guards.clear()
+        if self._engine is not None:
+            self._engine.detach()
+            self._engine = None
+        super().teardown()
+
+    # What several processes do otherwise ------------------------------------------------------------------------------
+
+    def _begin(self, plan: PrivacyPlan, folder: Path, previous: dict[str, Any] | None, share_done: float) -> None:
+        self.account.begin(plan, folder, previous, share_done)
+
+    def _over_processes(self, total: ClippedSum) -> ClippedSum:
+        return total
+
+    def _of_first_process(self, released: dict[str, Tensor]) -> dict[str, Tensor]:
+        return released
+
+    def _average_gradients(self, optimizer: torch.optim.Optimizer) -> None:
+        """Averages the gradients of a public optimizer over processes."""
+
+    # Planning --------------------------------------------------------------------------------------------------------
+
+    @property
+    def _module(self) -> pl.LightningModule:
+        return cast(pl.LightningModule, self.lightning_module)
+
+    @property
+    def _owns_releases(self) -> bool:
+        return callable(getattr(self._module, "configure_privacy", None))
+
+    def _check_own_releases(self, module: pl.LightningModule) -> None:
+        name = type(module).__name__
+        if module.automatic_optimization:
+            raise ValueError(
+                f"{name} has configure_privacy() and automatic optimization, which would step on raw gradients. Set "
+                "automatic_optimization = False and step on what self.mechanism.release() returns."
+            )
+        if self.world > 1:
+            raise ValueError(f"{name} makes its own releases, on one device. Use Trainer(devices=1, strategy=DPStrategy(…)).")
+        given = {"private_modules": self._private_modules, "physical_batch_size": self._physical}
+        for argument, value in given.items():
+            if value is not None:
+                raise ValueError(f"{argument}={value!r} beside {name}, which makes its own releases and has no use for it. Leave it out.")
+
+    def _plan_of(self, steps: int) -> PrivacyPlan:
+        if self._owns_releases:
+            module = cast(Any, self._module)
+            return cast(PrivacyPlan, module.configure_privacy(records=self._records, steps=steps, batch_size=self._batch_size))
+        sampling = PoissonSampling(self._records, self._batch_size)
+        return PrivacyPlan(sampling, (Release(GRADIENT_SUM, self._clip_norm or 1.0, steps),))
+
+    def _prepare(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        steps = planned_steps(trainer, module)
+        self.open_ended = steps is None
+        if self._records == 0:
+            raise ValueError("Trainer.fit was given no training records (limit_train_batches=0?); nothing can be trained.")
+        if self.delta >= 1 / self._records:
+            log.warning(
+                "delta=%g is not below 1/N = %g: such a guarantee allows publishing a record outright.", self.delta, 1 / self._records
+            )
+        plan = self._plan_of(steps or 1)
+        if self._owns_releases and self._clip_norm is not None:
+            raise ValueError(
+                f"DPStrategy(clip_norm={self._clip_norm}) beside {type(module).__name__}, whose configure_privacy() states "
+                f"{', '.join(f'{r.name}: clip_norm={r.clip_norm}' for r in plan.releases)}. Set it in the module alone."
+            )
+        previous, self._restored = self._restored, None
+        counts_lots = module.automatic_optimization or self._owns_releases  # else global_step counts every optimizer
+        done = max(trainer.global_step, 0 if previous is None else int(previous["global_step"])) if counts_lots else 0
+        self._begin(plan, Path(trainer.default_root_dir) / "privacy", previous, min(1.0, done / (steps or 1)))
+        self._check_history(module)
+        self._prepared = True
+        self._note_monitors(trainer)
+        log.info(self.summary())
+
+    def _check_history(self, module: pl.LightningModule) -> None:
+        """One module's weights may rest on one ledger only, or its certificate would leave the others out."""
+        run = self.ledger.run_id
+        earlier = getattr(module, "trained_under", run)
+        if earlier != run:
+            raise ValueError(
+                f"this {type(module).__name__} was trained before, under ledger {earlier}; a second ledger ({run}) would account for a part of "
+                "what its weights were made from. Give that ledger, DPStrategy(ledger='….jsonl'), or start from a new module (load "
+                "weights that cost nothing with load_state_dict)."
+            )
+        vars(module)["trained_under"] = run
+
+    def _note_monitors(self, trainer: pl.Trainer) -> None:
+        for user, key in monitored(trainer, self.lr_scheduler_configs):
+            note = f"{user} followed {key!r}, a number that was not released under differential privacy."
+            if note not in self.account.notes:
+                self.account.notes.append(note)
+                log.warning("%s What it chooses is outside the guarantee unless that number is from public data.", note)
+
+    def summary(self) -> str:
+        """The plan in one line."""
+        mechanism = self.account.ready()
+        sampling = mechanism.plan.sampling
+        rate = f", expected lot {sampling.expected_batch_size}" if isinstance(sampling, PoissonSampling) else ""
+        counts = ", ".join(f"{r.count} x {r.name} (clip norm {r.clip_norm:g})" for r in mechanism.plan.releases)
+        claim = mechanism.plan.epsilon(mechanism.noise_multiplier, self.delta)
+        return (
+            f"DPStrategy: {sampling.records} records, {type(sampling).__name__}{rate}; {counts}; noise multiplier "
+            f"{mechanism.noise_multiplier:g}; epsilon {claim:.3f} at delta {self.delta:g}. Ledger: {mechanism.ledger.path}"
+        )
+
+    # DP-SGD ----------------------------------------------------------------------------------------------------------
+
+    def _attach(self, module: pl.LightningModule, roots: tuple[str, ...]) -> None:
+        kind = SingleRecordEngine if self._physical == 1 else ENGINES[self._grad_sample]
+        engine = kind(module, self.plan.releases[0].clip_norm, roots)
+        engine.attach()
+        self._engine = engine
+        private = self._private
+        assert private is not None
+        self._guards.append(private.register_step_pre_hook(lambda *_: engine.guard(private)))
+
+    def _manual_step(self, engine: PerRecordEngine, batch: Any, count: int, rest: tuple[Any, ...]) -> Any:
+        self.account.ready().next_lot()
+        self._pending, self._lot_is_open = count, True
+        with fresh_randomness(self.root_device):
+            output = super().training_step(batch if count else one_blank_record(batch), *rest)
+        if self._lot_is_open:
+            raise RuntimeError(
+                f"{type(self._module).__name__}.training_step did not step its private optimizer on this lot. Every lot must release, since "
+                "which lots do not may tell of records: step it once in every training_step, and the others as often as you like."
+            )
+        return output
+
+    def _functional_step(self, engine: FunctionalEngine, batch: Any, count: int, rest: tuple[Any, ...]) -> Tensor:
+        size, losses, logged = self._physical or CHUNK, [], []
+        for start in range(0, count, size):
+            end = min(count, start + size)
+            chunk_losses, chunk_logged = engine.absorb_step(super().training_step, part_of(batch, start, end, count), *rest)
+            losses.append(chunk_losses)
+            logged.append((end - start, chunk_logged))
+        for name, (_, arguments) in logged[0][1].items():
+            mean = sum(n * values[name][0] for n, values in logged) / count
+            self._module.log(name, mean, **{"batch_size": count, **arguments})
+        return self._zero_loss(engine) + torch.cat(losses).mean()
+
+    @staticmethod
+    def _zero_loss(engine: PerRecordEngine) -> Tensor:
+        return cast(Tensor, sum(parameter.sum() * 0.0 for parameter in engine.parameters.values()))
+
+    def _public_step(self, engine: PerRecordEngine, optimizer: Any, closure: Callable[[], Any], model: Any, **kwargs: Any) -> Any:
+        def public_closure() -> Any:
+            loss = closure()
+            self._average_gradients(optimizer)
+            return loss
+
+        private = {id(parameter) for parameter in engine.parameters.values()}
+        if any(id(parameter) in private for group in optimizer.param_groups for parameter in group["params"]):
+            raise RuntimeError(f"a {type(optimizer).__name__} holds parameters that see records and is not the private optimizer.")
+        output = super().optimizer_step(optimizer, public_closure, model, **kwargs)
+        engine.stepped(optimizer)
+        return output
+
+    def _release(self, engine: PerRecordEngine) -> None:
+        total = self._over_processes(engine.take())
+        released = self._of_first_process(self.account.ready().release(GRADIENT_SUM, total))
+        divisor = cast(PoissonSampling, self.plan.sampling).expected_batch_size
+        for name, parameter in engine.parameters.items():
+            parameter.grad = (released[name] / divisor).to(parameter.dtype)
+
+    def _stop_if_spent(self) -> None:
+        trainer = self._module.trainer
+        self._note_logged(trainer)
+        if not self.account.is_spent():
+            return
+        trainer.should_stop = True
+        if not trainer.fit_loop._can_stop_early:
+            log.warning("min_epochs/min_steps ask for more, but epsilon is spent: training stops here.")
+            trainer.fit_loop.min_epochs = 0
+            trainer.fit_loop.epoch_loop.min_steps = None
+
+    def _note_logged(self, trainer: pl.Trainer) -> None:
+        """Says once which of the user's numbers from training lots are outside the guarantee; refuses choices made by them."""
+        if self._owns_releases:
+            return
+        names = {metric.meta.name for metric in trainer.fit_loop._results.values() if metric.meta.fx == "training_step"}
+        new = sorted(names - self._private_keys)
+        if not new:
+            return
+        self._private_keys |= names
+        log.warning(
+            "the training step logs %s, computed from records without noise: for the owner's eyes, outside the guarantee.", ", ".join(new)
+        )
+        for user, key in monitored(trainer, self.lr_scheduler_configs):
+            if key.removesuffix("_step").removesuffix("_epoch") in names:
+                raise ValueError(
+                    f"{user} follows {key!r}, which training_step computes from records without noise: what it chooses would leave with "
+                    "the weights. Monitor 'privacy/epsilon' or a number from public data."
+                )
+
+
+def loss_of(output: Any) -> Tensor | None:
+    """The loss in what a training step returned."""
+    return cast("Tensor | None", output.get("loss") if isinstance(output, dict) else output)
+
+
+def with_loss(output: Any, loss: Tensor) -> Any:
+    """What a training step returned, with another loss."""
+    return {**output, "loss": loss} if isinstance(output, dict) else loss
+
+
+def one_blank_record(batch: Any) -> Any:
+    """An empty batch with one record of zeros in it, for a step that could not run on none."""
+
+    def filled(leaf: Any) -> Any:
+        return leaf.new_zeros((1, *leaf.shape[1:])) if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == 0 else leaf
+
+    return torch.utils._pytree.tree_map(filled, batch)
+
+
+@contextmanager
+def fresh_randomness(device: torch.device) -> Iterator[None]:
+    """The PRIVATE stream: what is drawn while records are looked at leaves torch's public random state as it was.
+
+    Privacy:
+        How much is drawn may depend on records; a public stream that went on from there would tell of it.
+    """
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(secrets.randbits(63))
+        yield

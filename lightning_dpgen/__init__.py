@@ -5,11 +5,12 @@ from lightning_dpgen.evaluation import tstr
 from lightning_dpgen.generators import PrivateGenerator, PrivateSetGeneration
 from lightning_dpgen.privacy import PrivacyBudget, PrivacyPlan, Relation, calibrate_noise_multiplier
 from lightning_dpgen.release import SanitizedRelease, load_release, verify_release
-from lightning_dpgen.strategies import DPStrategy
+from lightning_dpgen.strategies import DPDDPStrategy, DPStrategy
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DPDDPStrategy",
     "DPStrategy",
     "DigitsDataModule",
     "FashionMNISTDataModule",

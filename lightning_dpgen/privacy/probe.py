@@ -18,17 +18,18 @@ class RowDependenceError(RuntimeError):
 
 
 def check_row_independence(
-    rows: Callable[[Sequence[Any], int], Rows], records: Sequence[Any], others: Sequence[Any], tolerance: float = 1e-3
+    rows: Callable[[Sequence[Any], int], Rows], records: Sequence[Any], others: Sequence[Sequence[Any]], tolerance: float = 1e-3
 ) -> None:
     """Raises unless each record's row is a function of that record alone.
 
-    Three comparisons with the rows of ``records``: the number of rows; the first half of the records kept and the others
-    exchanged, under the same random state; the first record alone, which for a random module is held to the same scale only.
+    Comparisons with the rows of ``records``: the number of rows; the first half of the records kept and the rest exchanged for
+    that of each of ``others``, under the same random state; the first record alone, which for a random module is held to the
+    same scale only.
 
     Args:
         rows: ``rows(records, seed)`` computes the rows ``[B, …]`` by name of a lot of B records.
         records: Records with random content, an even number of them.
-        others: As many, with other content.
+        others: Lots of as many, with other content.
         tolerance: Largest allowed change relative to the largest row.
 
     Privacy:
@@ -45,9 +46,10 @@ def check_row_independence(
                 f"{name}: {len(value)} rows for a lot of {len(records)} records. One record must be one row: a record that is "
                 "repeated, augmented or split inside the forward pass is clipped once for each copy. Sum its copies' losses."
             )
-    exchanged = rows([*records[:half], *others[half:]], 0)
     kept = {name: value[:half] for name, value in reference.items()}
-    _refuse(_moved(kept, {name: value[:half] for name, value in exchanged.items()}, tolerance), "exchanged")
+    for other in others:
+        exchanged = rows([*records[:half], *other[half:]], 0)
+        _refuse(_moved(kept, {name: value[:half] for name, value in exchanged.items()}, tolerance), "exchanged")
     first = {name: value[:1] for name, value in reference.items()}
     if not _moved(reference, rows(records, 1), tolerance):
         _refuse(_moved(first, rows(records[:1], 0), tolerance), "removed")

@@ -60,14 +60,14 @@ class Probe:
             RowDependenceError: If rows mix records.
             RuntimeError: If the engine's rows are not the gradient, or a public optimizer's gradient depends on records.
         """
-        records, others = self._records()
         with undisturbed(self.module, self.strategy):
+            records, others = self._records()
             if isinstance(self.engine, SingleRecordEngine):
                 self._rows_of(records[:1], 0)
             elif isinstance(self.engine, HooksEngine):
                 self._check_hooks(self.engine, records, others)
             else:
-                self._compare(records, others)
+                check_row_independence(self._rows_of, records, others, self.tolerance)
             if not self.module.automatic_optimization:
                 self._check_public(records, others)
             self.engine.clear()
@@ -82,17 +82,13 @@ class Probe:
 
     def _check_hooks(self, engine: HooksEngine, records: list[Any], others: list[list[Any]]) -> None:
         try:
-            self._compare(records, others)
+            check_row_independence(self._rows_of, records, others, self.tolerance)
         except RowDependenceError as error:
             engine.set_reduction("sum")  # a loss that is a sum over records, not a mean, has rows of its own
             try:
-                self._compare(records, others)
+                check_row_independence(self._rows_of, records, others, self.tolerance)
             except RowDependenceError:
                 raise error from None
-
-    def _compare(self, records: list[Any], others: list[list[Any]]) -> None:
-        for other in others:
-            check_row_independence(self._rows_of, records, other, self.tolerance)
 
     def _rows_of(self, records: Sequence[Any], seed: int) -> dict[str, Tensor]:
         _seed(seed)
@@ -160,7 +156,7 @@ class Probe:
             )
 
     def _records(self) -> tuple[list[Any], list[list[Any]]]:
-        """A lot of randomised records, and two lots to exchange them with, of as many different labels as there are."""
+        """A lot of randomised records of different labels, and a lot of each label to exchange them with."""
         data: Any = self.loader.dataset
         places = np.unique(np.linspace(0, len(data) - 1, POOL).astype(int))
         groups: dict[Any, list[Any]] = {}
@@ -168,13 +164,13 @@ class Probe:
             record = data[int(place)]
             groups.setdefault(tuple(_integers(leaf) for leaf in tree_leaves(record)), []).append(record)
         turns: list[Any] = []
+        labels = len(groups)
         while any(groups.values()):
             turns += [group.pop(0) for group in groups.values() if group]
         while len(turns) < LOT:
             turns = turns + turns
-        first, last, second = turns[0], turns[-1], turns[min(1, len(turns) - 1)]
         _seed(0)
-        lots = [turns[:LOT], [first] * LOT, [second] * LOT, [last] * LOT]
+        lots = [turns[:LOT], *([one] * LOT for one in turns[: max(1, labels)])]
         randomised = [[tree_map(_randomised, record) for record in lot] for lot in lots]
         return randomised[0], randomised[1:]
 

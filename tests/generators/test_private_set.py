@@ -98,9 +98,9 @@ def test_rows_do_not_mix_records(digits):
         return rows([(image - mean, label) for image, label in records], seed)
 
     lots = [[(torch.rand(1, 8, 8), label) for label in digits[1][start : start + 4]] for start in (0, 4)]
-    check_row_independence(rows, *lots)
+    check_row_independence(rows, lots[0], lots[1:])
     with pytest.raises(RowDependenceError):
-        check_row_independence(mixed, *lots)
+        check_row_independence(mixed, lots[0], lots[1:])
 
 
 

@@ -9,7 +9,7 @@ def lot(seed: int) -> list[torch.Tensor]:
 
 
 def check(rows) -> None:
-    check_row_independence(lambda records, seed: rows(torch.stack(list(records)), seed), lot(0), lot(1))
+    check_row_independence(lambda records, seed: rows(torch.stack(list(records)), seed), lot(0), [lot(1)])
 
 
 def test_independent_rows_pass():

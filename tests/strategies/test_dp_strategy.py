@@ -11,9 +11,11 @@ from helpers import Mlp, fit, flat, oracle, trainer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
+from torchmetrics import Accuracy
 
 from lightning_dpgen import DPStrategy
-from lightning_dpgen.privacy import BudgetExhausted, GaussianMechanism, PoissonSampling, RowDependenceError
+from lightning_dpgen.callbacks import PrivacyMonitor
+from lightning_dpgen.privacy import BudgetExhausted, PoissonSampling, RowDependenceError
 
 
 @pytest.mark.parametrize("clip_norm", [0.05, 50.0])
@@ -92,23 +94,14 @@ def test_a_step_that_returns_nothing_is_released_as_noise(tmp_path, digit_record
     assert (flat(module) != start).all()
 
 
-def test_non_interference(tmp_path, monkeypatch, digits):
+@pytest.mark.parametrize("options", [{}, {"grad_sample": "ghost"}, {"grad_sample": "functional"}, {"physical_batch_size": 2}])
+def test_non_interference(tmp_path, released_stub, digits, options):
     """With a release that ignores its rows, two unrelated data sets leave the same public state, bit for bit."""
-
-    def stub(self, name, contribution):
-        from lightning_dpgen.privacy.clipping import clipped_sum, tensors_of
-
-        shapes = tensors_of(contribution if not isinstance(contribution, dict) else clipped_sum(contribution, 1.0))
-        self.ledger.charge(self.plan.release_event(name, self.noise_multiplier))
-        generator = torch.Generator().manual_seed(len(self.ledger))
-        return {key: torch.randn(value.shape, generator=generator) for key, value in shapes.items()}
-
-    monkeypatch.setattr(GaussianMechanism, "release", stub)
     states = []
     for images, labels in ((digits[0][:40], digits[1][:40]), (torch.rand(40, 1, 8, 8) * 100, torch.zeros(40, dtype=torch.int64))):
         torch.manual_seed(0)
         module = Mlp(lr=0.1)
-        run = fit(tmp_path, module, TensorDataset(images, labels), 5, trainer_options={"max_steps": 12}, noise_multiplier=1.0)
+        run = fit(tmp_path, module, TensorDataset(images, labels), 5, trainer_options={"max_steps": 12}, noise_multiplier=1.0, **options)
         optimizer = run.strategy.optimizers[0].state_dict() if run.strategy.optimizers else {}
         metrics = {k: float(v) for k, v in run.callback_metrics.items() if k != "loss"}  # the user's own metric is not covered
         states.append((flat(module), run.global_step, len(run.strategy.ledger), str(optimizer), metrics, torch.get_rng_state()))
@@ -384,3 +377,191 @@ def test_several_devices_are_refused_and_the_first_is_used():
     strategy.parallel_devices = [torch.device("cuda:0"), torch.device("cuda:1")]
     with pytest.raises(ValueError, match="one device and was given 2"):
         strategy.setup_environment()
+
+
+def test_what_records_could_write_past_the_door_is_refused(tmp_path, digit_records):
+    class Frozen(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.memory = nn.Linear(64, 1).requires_grad_(False)
+
+        def training_step(self, batch, batch_idx):
+            self.memory.weight.data.copy_(batch[0].flatten(1).sum(0, keepdim=True))
+            self.memory.weight.add_(0.0)
+            return super().training_step(batch, batch_idx)
+
+    class Trainable(Mlp):
+        def on_after_backward(self):
+            with torch.no_grad():
+                self.net[1].weight.add_(self.net[1].weight.grad)
+
+    class Buffer(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(64))
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if batch_idx == self.trainer.max_steps - 1:
+                self.mean += batch[0].flatten(1).sum(0)
+
+    for kind, message in ((Frozen, "memory.weight were written"), (Trainable, "net.1.weight were written"), (Buffer, "buffers mean changed")):
+        with pytest.raises(RuntimeError, match=message):
+            fit(tmp_path, kind(), digit_records, 16, trainer_options={"max_steps": 2}, noise_multiplier=1.0)
+
+
+def test_a_parameter_that_thaws_for_one_backward_pass_keeps_no_raw_gradient(tmp_path, digit_records):
+    class Flickers(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.extra = nn.Linear(64, 10).requires_grad_(False)
+
+        def training_step(self, batch, batch_idx):
+            self.extra.requires_grad_(True)
+            loss = F.cross_entropy(self.net(batch[0]) + self.extra(batch[0].flatten(1)), batch[1])
+            self.raw = loss
+            return loss
+
+        def on_after_backward(self):
+            self.extra.requires_grad_(False)
+
+    module = Flickers()
+    start = module.extra.weight.clone()
+    with pytest.raises(RuntimeError, match="trainable parameters changed"):
+        fit(tmp_path, module, digit_records, 16, noise_multiplier=1.0)
+    assert torch.equal(module.extra.weight, start)
+
+
+def test_monitors_of_numbers_without_noise_are_noted_or_refused(tmp_path, digit_records, caplog):
+    class Validated(Mlp):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", F.cross_entropy(self.net(batch[0]), batch[1]))
+
+    stop = pl.callbacks.EarlyStopping("val_loss")
+    run = trainer(tmp_path, DPStrategy(noise_multiplier=1.0), max_epochs=1, max_steps=-1, callbacks=[stop])
+    run.fit(Validated(), DataLoader(digit_records, batch_size=16), DataLoader(digit_records, batch_size=64))
+    assert run.strategy.account.notes == ["EarlyStopping followed 'val_loss', a number that was not released under differential privacy."]
+    assert "outside the guarantee" in caplog.text
+    assert "logs loss" in caplog.text
+
+    class Plateau(Mlp):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "loss"}}
+
+    for module, callbacks in ((Plateau(), []), (Mlp(), [pl.callbacks.EarlyStopping("loss")])):
+        with pytest.raises(ValueError, match="(ReduceLROnPlateau|EarlyStopping) follows 'loss'"):
+            fit(tmp_path, module, digit_records, 16, noise_multiplier=1.0, trainer_options={"max_steps": 3, "callbacks": callbacks})
+    epsilon = pl.callbacks.EarlyStopping("privacy/epsilon", check_on_train_epoch_end=True)
+    run = fit(tmp_path, Mlp(), digit_records, 16, noise_multiplier=1.0, trainer_options={"callbacks": [PrivacyMonitor(1), epsilon]})
+    assert run.strategy.account.notes == []
+
+
+@pytest.mark.parametrize("form", ["optimizer", "list", "lists", "dict", "groups"])
+def test_noise_reaches_every_parameter_in_every_form_of_configure_optimizers(tmp_path, digits, form):
+    # 64 * 16 numbers and more a layer: a deviation of 12 % is 5 standard errors of the smallest layer of 320.
+    class Forms(Mlp):
+        def __init__(self):
+            super().__init__(zero_loss=True)
+            self.unused = nn.Linear(40, 8)
+
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=1.0)
+            if form == "groups":
+                return torch.optim.SGD([{"params": self.net.parameters()}, {"params": self.unused.parameters()}], lr=1.0)
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 100)
+            return {
+                "optimizer": optimizer,
+                "list": [optimizer],
+                "lists": ([optimizer], [scheduler]),
+                "dict": {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}},
+            }[form]
+
+    module = Forms()
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    fit(tmp_path, module, TensorDataset(digits[0][:16], digits[1][:16]), 16, noise_multiplier=1000.0)
+    for name, p in module.named_parameters():
+        if p.numel() >= 160:
+            assert float((p - before[name]).std()) == pytest.approx(62.5, rel=0.25)
+        assert ((p - before[name]) != 0).all()
+
+
+def test_the_probe_finds_what_depends_on_labels_and_on_collation(tmp_path, digits):
+    order = digits[1][:200].argsort(stable=True)
+    by_label = TensorDataset(digits[0][:200][order], digits[1][:200][order])
+
+    class Ignores(Mlp):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(batch[0]), batch[1], ignore_index=7)
+
+    class Weighs(Mlp):
+        def training_step(self, batch, batch_idx):
+            weight = torch.ones(10)
+            weight[9] = 5.0
+            return F.cross_entropy(self.net(batch[0]), batch[1], weight=weight)
+
+    def mixup(records):
+        images, labels = torch.utils.data.default_collate(records)
+        return 0.5 * images + 0.5 * images.roll(1, 0), labels
+
+    for kind, collate in ((Ignores, None), (Weighs, None), (Mlp, mixup)):
+        for grad_sample in ("hooks", "functional") if collate else ("hooks",):
+            with pytest.raises(RowDependenceError):
+                fit(tmp_path, kind(), by_label, 16, DataLoader(by_label, batch_size=16, collate_fn=collate), grad_sample=grad_sample)
+
+
+def test_random_modules_pass_the_probe_and_leave_the_public_stream_alone(tmp_path, digit_records):
+    class Random(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Dropout(0.5), nn.Tanh(), nn.Linear(16, 10))
+
+        def training_step(self, batch, batch_idx):
+            noisy = batch[0] + 0.1 * torch.randn_like(batch[0])
+            return F.cross_entropy(self.net(noisy), batch[1])
+
+    for options in ({}, {"grad_sample": "ghost"}, {"grad_sample": "functional"}, {"physical_batch_size": 1}):
+        module = Random()
+        torch.manual_seed(5)
+        torch.rand(1)  # what the loader's iterator draws is the same for every data set
+        run = fit(tmp_path, module, digit_records, 16, noise_multiplier=1.0, trainer_options={"max_steps": 3}, **options)
+        assert len(run.strategy.ledger) == 3
+        assert module.net[2].training
+
+
+def test_the_probe_leaves_no_trace(tmp_path, digit_records):
+    class Keeps(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.outputs, self.steps = [], 0
+            self.accuracy = Accuracy("multiclass", num_classes=10)
+
+        def training_step(self, batch, batch_idx):
+            self.steps += 1
+            logits = self.net(batch[0])
+            self.accuracy.update(logits, batch[1])
+            loss = F.cross_entropy(logits, batch[1])
+            self.outputs.append(float(loss))
+            return loss
+
+    module = Keeps()
+    fit(tmp_path, module, digit_records, 64, trainer_options={"max_steps": 2})
+    assert module.steps == len(module.outputs) == 2
+    assert int(module.accuracy.tp.sum() + module.accuracy.fn.sum()) == 128
+
+
+def test_closures_and_optimizers_that_ask_twice_are_refused(tmp_path, digit_records):
+    class AsksTwice(torch.optim.SGD):
+        def step(self, closure=None):
+            closure()
+            closure()
+
+    class Twice(Mlp):
+        def configure_optimizers(self):
+            return AsksTwice(self.parameters(), lr=1.0)
+
+    module = Twice()
+    start = flat(module)
+    with pytest.raises(RuntimeError, match="released already"):
+        fit(tmp_path, module, digit_records, 16, noise_multiplier=1.0)
+    assert torch.equal(flat(module), start)

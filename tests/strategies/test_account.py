@@ -1,0 +1,137 @@
+"""What several fits, crashes and lost files come to: never less than what was released."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import pytorch_lightning as pl
+from helpers import Mlp, fit, trainer
+from torch.utils.data import DataLoader
+
+from lightning_dpgen import DigitsDataModule, DPStrategy, PrivateSetGeneration, SanitizedRelease, verify_release
+from lightning_dpgen.privacy.plan import Relation
+from lightning_dpgen.release import NotCertifiable
+from lightning_dpgen.release.certificate import claim
+
+
+class StopAt(pl.Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer, module, *args):
+        if trainer.global_step == self.step:
+            trainer.should_stop = True
+
+
+def claimed(strategy) -> float:
+    account = strategy.account
+    return claim(account.before, account.planned, strategy.ledger.counts, strategy.delta, Relation.ZERO_OUT)[0].value
+
+
+def generator() -> PrivateSetGeneration:
+    return PrivateSetGeneration(images_per_class=1, schedule_overrides={"width": 4, "image_steps": 1})
+
+
+def psg_fit(folder, module, strategy, steps, **options):
+    run = trainer(folder, strategy, max_steps=steps, **options)
+    run.fit(module, datamodule=DigitsDataModule(batch_size=200))
+    return run
+
+
+def test_a_later_fit_that_stops_early_claims_what_came_before_and_all_that_it_planned(tmp_path, digit_records):
+    path = tmp_path / "data.jsonl"
+    fit(tmp_path, Mlp(), digit_records, 8, noise_multiplier=1.0, ledger=path, trainer_options={"max_steps": 20})
+    options = {"max_steps": 20, "min_steps": 1, "callbacks": [StopAt(3)]}
+    run = fit(tmp_path, Mlp(), digit_records, 8, noise_multiplier=1.0, ledger=path, trainer_options=options)
+    assert run.strategy.epsilon_spent() < 5.0  # 23 releases
+    assert claimed(run.strategy) == pytest.approx(5.79, abs=0.02)  # 40
+
+
+def test_a_resumed_run_claims_its_plan_once(tmp_path, digit_records):
+    run = fit(tmp_path, Mlp(), digit_records, 8, noise_multiplier=1.0, trainer_options={"max_steps": 10})
+    run.save_checkpoint(tmp_path / "ten.ckpt")
+    again = trainer(tmp_path, DPStrategy(noise_multiplier=1.0), max_steps=20)
+    again.fit(Mlp(), DataLoader(digit_records, batch_size=8), ckpt_path=tmp_path / "ten.ckpt")
+    assert len(again.strategy.ledger) == 20
+    assert claimed(again.strategy) == again.strategy.epsilon_spent() == pytest.approx(4.36, abs=0.02)
+
+
+def test_one_module_under_two_ledgers_is_refused(tmp_path):
+    module = generator()
+    run = psg_fit(tmp_path, module, DPStrategy(epsilon=5.0), 2)
+    with pytest.raises(ValueError, match=f"trained before, under ledger {run.strategy.ledger.run_id}.*DPStrategy\\(ledger"):
+        psg_fit(tmp_path, module, DPStrategy(epsilon=5.0), 2)
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    loaded = PrivateSetGeneration.load_from_checkpoint(tmp_path / "one.ckpt", weights_only=False)
+    with pytest.raises(ValueError, match="trained before"):
+        psg_fit(tmp_path, loaded, DPStrategy(epsilon=5.0), 2)
+    again = psg_fit(tmp_path, loaded, DPStrategy(noise_multiplier=2.0, ledger=run.strategy.ledger.path), 2)
+    SanitizedRelease.from_trainer(again).save(tmp_path / "release")
+    certificate = verify_release(tmp_path / "release")
+    assert [entry["count"] for entry in certificate["before"]] == [2]
+    assert certificate["claim"]["epsilon"] == pytest.approx(again.strategy.epsilon_spent())
+    assert certificate["claim"]["epsilon"] > run.strategy.epsilon_spent()
+
+
+def test_a_checkpoint_of_another_run_is_refused_in_a_used_strategy(tmp_path, digit_records):
+    run = fit(tmp_path, Mlp(), digit_records, 8, noise_multiplier=1.0, trainer_options={"max_steps": 4})
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    other = fit(tmp_path, Mlp(), digit_records, 8, noise_multiplier=1.0, trainer_options={"max_steps": 2})
+    other.fit_loop.epoch_loop.max_steps = 8
+    with pytest.raises(ValueError, match="belongs to ledger .*this strategy has already written ledger"):
+        other.fit(Mlp(), DataLoader(digit_records, batch_size=8), ckpt_path=tmp_path / "one.ckpt")
+
+
+def test_a_lost_ledger_is_claimed_as_if_its_run_had_finished(tmp_path):
+    run = psg_fit(tmp_path, generator(), DPStrategy(epsilon=5.0), 10, callbacks=[StopAt(4)])
+    run.save_checkpoint(tmp_path / "four.ckpt")
+    planned = run.strategy.plan.epsilon(run.strategy.noise_multiplier, 1e-5)
+    run.strategy.ledger.path.unlink()
+    again = trainer(tmp_path, DPStrategy(epsilon=5.0, ledger="new"), max_steps=10)
+    again.fit(generator(), datamodule=DigitsDataModule(batch_size=200), ckpt_path=tmp_path / "four.ckpt")
+    assert sum((again.strategy.account.before + again.strategy.account.planned).values()) == 10 + 6  # six may be lost, six are new
+    assert claimed(again.strategy) > planned
+    SanitizedRelease.from_trainer(again).save(tmp_path / "release")
+    certificate = verify_release(tmp_path / "release")
+    assert certificate["budget"] is None
+    assert "was lost" in certificate["notes"][0]
+    again.save_checkpoint(tmp_path / "later.ckpt")  # and what was lost once stays claimed
+    third = trainer(tmp_path, DPStrategy(epsilon=5.0), max_steps=10)
+    from lightning_dpgen.privacy import BudgetExhausted
+
+    with pytest.raises(BudgetExhausted):
+        third.fit(generator(), datamodule=DigitsDataModule(batch_size=200), ckpt_path=tmp_path / "later.ckpt")
+
+
+def test_a_ledger_that_lacks_what_its_checkpoint_knew_is_completed_and_says_so(tmp_path, digit_records):
+    run = fit(tmp_path, Mlp(), digit_records, 8, noise_multiplier=1.0, trainer_options={"max_steps": 10})
+    run.save_checkpoint(tmp_path / "ten.ckpt")
+    path = run.strategy.ledger.path
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:8]))  # an older copy: seven releases
+    again = trainer(tmp_path, DPStrategy(noise_multiplier=1.0), max_steps=12)
+    again.fit(Mlp(), DataLoader(digit_records, batch_size=8), ckpt_path=tmp_path / "ten.ckpt")
+    assert len(again.strategy.ledger) == 12
+    assert "lacked 3 releases" in again.strategy.account.notes[0]
+
+
+def test_a_release_is_of_the_module_that_was_trained(tmp_path):
+    run = psg_fit(tmp_path, generator(), DPStrategy(epsilon=5.0), 2)
+    other = generator()
+    run.strategy.connect(other)
+    with pytest.raises(NotCertifiable, match="another PrivateSetGeneration"):
+        SanitizedRelease.from_trainer(run)
+
+
+def test_the_claim_is_the_union_of_what_was_promised_and_what_was_released():
+    from lightning_dpgen.privacy import PoissonSampling, PrivacyPlan, Release
+
+    event, _ = PrivacyPlan(PoissonSampling(80, 8), (Release("sum", 1.0, 20),)).events(1.0)[0]
+
+    def value(before, planned, released):
+        figure, basis = claim(Counter({event: before}), Counter({event: planned}), {event: released}, 1e-5, Relation.ZERO_OUT)
+        return figure.value, basis
+
+    assert value(0, 20, 5) == value(5, 15, 20) == (value(0, 20, 20)[0], "plan")
+    assert value(0, 20, 23)[1] == "ledger"
+    assert value(0, 20, 23)[0] > value(0, 20, 20)[0]

@@ -9,7 +9,7 @@ from rich.console import Console
 from lightning_dpgen._compat import pl
 from lightning_dpgen._validate import positive_int
 from lightning_dpgen.privacy.plan import Relation
-from lightning_dpgen.strategies import DPStrategy
+from lightning_dpgen.strategies.private import PrivateTraining
 
 
 class PrivacyMonitor(pl.Callback):
@@ -33,7 +33,7 @@ class PrivacyMonitor(pl.Callback):
         Raises:
             ValueError: If there is nothing to monitor.
         """
-        if stage == "fit" and not isinstance(trainer.strategy, DPStrategy):
+        if stage == "fit" and not isinstance(trainer.strategy, PrivateTraining):
             raise ValueError(
                 f"PrivacyMonitor needs DPStrategy; the Trainer has {type(trainer.strategy).__name__}. Add "
                 "strategy=DPStrategy(epsilon=…, delta=…), or remove the callback."
@@ -52,6 +52,8 @@ class PrivacyMonitor(pl.Callback):
         spent = strategy.epsilon_spent()
         for logger in trainer.loggers:
             logger.log_metrics({"privacy/epsilon": spent}, step=trainer.global_step)
+        if trainer.global_rank:
+            return
         Console().print(
             f"Privacy spent: epsilon = {spent:.3f} at delta = {strategy.delta:g} (zero-out; replace-one "
             f"{strategy.epsilon_spent(Relation.REPLACE_ONE):.3f}), {len(strategy.ledger)} releases, noise multiplier "

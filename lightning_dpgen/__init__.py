@@ -1,5 +1,6 @@
 """Train generators and classifiers on private records under differential privacy, and publish what may be published."""
 
+from lightning_dpgen.classifier import Classifier
 from lightning_dpgen.data import DigitsDataModule, FashionMNISTDataModule, ImagesDataModule, MNISTDataModule
 from lightning_dpgen.evaluation import tstr
 from lightning_dpgen.generators import PrivateGenerator, PrivateSetGeneration
@@ -10,6 +11,7 @@ from lightning_dpgen.strategies import DPDDPStrategy, DPStrategy
 __version__ = "0.1.0"
 
 __all__ = [
+    "Classifier",
     "DPDDPStrategy",
     "DPStrategy",
     "DigitsDataModule",

@@ -1,4 +1,4 @@
-"""``dpgen``: fit, generate, evaluate, calibrate, verify."""
+"""``dpgen``: fit, test, generate, evaluate, calibrate, verify."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from jsonargparse import ArgumentParser
 
 from lightning_dpgen import commands
 from lightning_dpgen._compat import pl, submodule
-from lightning_dpgen.privacy import BudgetExhausted, LedgerError
+from lightning_dpgen.privacy import BudgetExhausted, LedgerError, RowDependenceError
 
 USAGE = """usage: dpgen COMMAND [arguments]
 
 Synthetic images under differential privacy.
 
   fit        train a generator or classifier: dpgen fit --config examples/configs/psg_fashion_mnist.yaml
+  test       test a trained classifier: dpgen test --config examples/configs/dpsgd_mnist.yaml --ckpt_path …
   evaluate   train classifiers on a release, test them on real records: dpgen evaluate release --data FashionMNIST
   generate   write a release's generator's images in another number or form: dpgen generate release images --per_class 100
   calibrate  epsilon, noise and steps as a table, without data: dpgen calibrate --records 60000 --batch_size 256 --steps 1000
@@ -56,26 +57,29 @@ def _call(name: str, arguments: list[str]) -> None:
 _HELP = {"release": "The release folder.", "output": "What to write; must not exist."}
 
 
-def _fit(arguments: list[str] | None) -> None:
+def _lightning(command: str, arguments: list[str] | None) -> None:
     lightning_cli = submodule("cli").LightningCLI
 
     class FitCLI(lightning_cli):  # type: ignore[misc, valid-type]
-        """LightningCLI with ``fit`` alone: what else there is to do with private records has commands of its own."""
+        """LightningCLI with ``fit`` and ``test``: what else there is to do with private records has commands of its own."""
 
         @staticmethod
         def subcommands() -> dict[str, set[str]]:
-            return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}}
+            return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}, "test": {"model", "dataloaders", "datamodule"}}
 
-    for module in ("lightning_dpgen.callbacks", "lightning_dpgen.generators", "lightning_dpgen.data"):
-        importlib.import_module(module)  # so that short class names work
+    for module in ("callbacks", "classifier", "generators", "data"):
+        importlib.import_module(f"lightning_dpgen.{module}")  # so that short class names work
     FitCLI(
         pl.LightningModule,
         pl.LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
         save_config_kwargs={"overwrite": True},
-        parser_kwargs={"fit": {"description": "Trains under differential privacy."}},
-        args=None if arguments is None else ["fit", *arguments],
+        parser_kwargs={
+            "fit": {"description": "Trains under differential privacy."},
+            "test": {"description": "Tests a trained module on real test records, outside the guarantee."},
+        },
+        args=None if arguments is None else [command, *arguments],
     )
 
 
@@ -93,14 +97,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(USAGE)
         return 0
     try:
-        if command == "fit":
-            _fit(None if arguments is None else rest)
+        if command in ("fit", "test"):
+            _lightning(command, None if arguments is None else rest)
         elif command in COMMANDS:
             _call(command, rest)
         else:
-            print(f"dpgen: no command {command!r}; there are fit, {', '.join(COMMANDS)}.\n\n{USAGE}", file=sys.stderr)
+            print(f"dpgen: no command {command!r}; there are fit, test, {', '.join(COMMANDS)}.\n\n{USAGE}", file=sys.stderr)
             return 2
-    except (ValueError, FileExistsError, BudgetExhausted, LedgerError) as error:
+    except (ValueError, FileExistsError, BudgetExhausted, LedgerError, RowDependenceError) as error:
         print(f"dpgen {command}: {error}", file=sys.stderr)
         return 1
     return 0

@@ -118,6 +118,15 @@ class PrivateDataModule(pl.LightningDataModule):
             collate_fn=collate_records,
         )
 
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Real test records in order, for evaluation only.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        self.real_test()
+        return DataLoader(self.test_records, batch_size=1000, collate_fn=collate_records)  # type: ignore[arg-type]
+
     def real_test(self) -> tuple[Tensor, Tensor]:
         """Real test images ``[N, C, H, W]`` in [0, 1] and labels ``[N]``, for evaluation only.
 

@@ -16,10 +16,21 @@ _FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Sh
 
 
 class _IdxDataModule(PrivateDataModule):
-    """A data set of 28 × 28 images in torchvision's IDX files, digests checked before a record is used."""
+    """A data set of 28 × 28 images in torchvision's IDX files, digests checked before a record is used.
 
-    def __init__(self, names: tuple[str, ...], root: str | os.PathLike[str], batch_size: int, num_workers: int) -> None:
-        super().__init__(10, (1, 28, 28), names, batch_size, num_workers)
+    Args:
+        root: Data folder; files in ``root/<name>/raw``. ``make data`` puts them into ``data``.
+        batch_size: Expected lot size.
+        num_workers: Loader processes.
+        origin: Where batch size and number of steps come from, for the certificate.
+    """
+
+    names: tuple[str, ...]
+
+    def __init__(
+        self, root: str | os.PathLike[str] = "data", batch_size: int = 256, num_workers: int = 0, origin: str = "set by the user"
+    ) -> None:
+        super().__init__(10, (1, 28, 28), self.names, batch_size, num_workers, origin)
         self.root = str(root)
 
     def load(self) -> tuple[ImageRecords, ImageRecords]:
@@ -35,29 +46,15 @@ class _IdxDataModule(PrivateDataModule):
 
 
 class MNISTDataModule(_IdxDataModule):
-    """MNIST: 60,000 training and 10,000 test images of handwritten digits, ``[1, 28, 28]``.
+    """MNIST: 60,000 training and 10,000 test images of handwritten digits, ``[1, 28, 28]``; files in ``root/MNIST/raw``."""
 
-    Args:
-        root: Data folder; files in ``root/MNIST/raw``. ``make data`` puts them into ``data``.
-        batch_size: Expected lot size.
-        num_workers: Loader processes.
-    """
-
-    def __init__(self, root: str = "data", batch_size: int = 256, num_workers: int = 0) -> None:
-        super().__init__(_DIGITS, root, batch_size, num_workers)
+    names = _DIGITS
 
 
 class FashionMNISTDataModule(_IdxDataModule):
-    """FashionMNIST: 60,000 training and 10,000 test images of clothes, ``[1, 28, 28]``.
+    """FashionMNIST: 60,000 training and 10,000 test images of clothes, ``[1, 28, 28]``; files in ``root/FashionMNIST/raw``."""
 
-    Args:
-        root: Data folder; files in ``root/FashionMNIST/raw``. ``make data`` puts them into ``data``.
-        batch_size: Expected lot size.
-        num_workers: Loader processes.
-    """
-
-    def __init__(self, root: str = "data", batch_size: int = 256, num_workers: int = 0) -> None:
-        super().__init__(_FASHION, root, batch_size, num_workers)
+    names = _FASHION
 
 
 class DigitsDataModule(PrivateDataModule):

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_dpgen._compat import pl
 from lightning_dpgen.privacy.mechanism import GaussianMechanism
 from lightning_dpgen.privacy.plan import PrivacyPlan
-from lightning_dpgen.strategies import DPStrategy
+from lightning_dpgen.strategies.private import PrivateTraining
 
 
 class PrivateGenerator(pl.LightningModule):
@@ -102,7 +102,7 @@ class PrivateGenerator(pl.LightningModule):
         Raises:
             ValueError: If the strategy is not private, or classes and shape are not known or contradict the data.
         """
-        if stage == "fit" and not isinstance(self.trainer.strategy, DPStrategy):
+        if stage == "fit" and not isinstance(self.trainer.strategy, PrivateTraining):
             raise ValueError(
                 f"{type(self).__name__} trains on private records and needs the private strategy; the Trainer has "
                 f"{type(self.trainer.strategy).__name__}. Add this argument:\n\n"

@@ -12,7 +12,7 @@ from lightning_dpgen._compat import pl
 from lightning_dpgen.generators.base import PrivateGenerator
 from lightning_dpgen.privacy.accounting import Epsilon, epsilon
 from lightning_dpgen.privacy.plan import PoissonSampling, Relation, ReleaseEvent
-from lightning_dpgen.strategies import DPStrategy
+from lightning_dpgen.strategies.private import PrivateTraining
 
 FORMAT = "lightning-dpgen-certificate/1"
 
@@ -69,7 +69,7 @@ def make_certificate(trainer: pl.Trainer, images: int) -> dict[str, Any]:
         NotCertifiable: If the run had no private strategy, no noise, or no limit of its own.
     """
     strategy, module = trainer.strategy, trainer.lightning_module
-    if not isinstance(strategy, DPStrategy) or strategy.mechanism is None:
+    if not isinstance(strategy, PrivateTraining) or strategy.mechanism is None:
         raise NotCertifiable("no release without DPStrategy: train with Trainer(strategy=DPStrategy(epsilon=…, delta=…)).")
     if strategy.open_ended:
         raise NotCertifiable("this run had neither max_steps nor max_epochs, so it had no plan to claim. Set one and train again.")

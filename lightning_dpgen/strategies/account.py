@@ -86,6 +86,12 @@ class PrivacyAccount:
         """ε of the ledger so far; 0 before the first release."""
         return 0.0 if self.mechanism is None else self.mechanism.ledger.epsilon(self.terms.delta, relation).value
 
+    def epsilon_after(self, steps: int) -> float:
+        """ε of the ledger and of ``steps`` more releases of each kind that the plan names."""
+        mechanism = self.ready()
+        ahead = {event: steps for event, _ in mechanism.plan.events(mechanism.noise_multiplier)}
+        return epsilon((Counter(mechanism.ledger.counts) + Counter(ahead)).items(), self.terms.delta).value
+
     def is_spent(self) -> bool:
         """Whether a budget was given and allows no further release."""
         mechanism = self.ready()

@@ -86,7 +86,7 @@ class _Capture(RecordHooks):
     def capture_backprops_hook(
         self, module: nn.Module, _forward_input: Any, forward_output: Any, loss_reduction: str, batch_first: bool
     ) -> None:
-        if not self.hooks_enabled or not any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+        if not self.hooks_enabled:
             return
         activations, backprops = self.rearrange_grad_samples(
             module=module, backprops=forward_output[0].detach(), loss_reduction=loss_reduction, batch_first=batch_first

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from opacus.grad_sample import GradSampleHooks
+from opacus.grad_sample.functorch import prepare_layer
+from opacus.layers import DPGRU, DPLSTM, DPRNN
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_dpgen.strategies.engine import PerRecordEngine
 
@@ -16,21 +20,47 @@ _ATTRIBUTES = ("grad_sample", "_forward_counter", "_current_grad_sample")
 
 
 class RecordHooks(GradSampleHooks):
-    """Opacus's hooks for a network that may be frozen for a while, as a critic is in its generator's step."""
+    """Opacus's gradient code on tensor hooks, which bear in-place operations and networks that are frozen for a while."""
 
     def __init__(self, root: nn.Module) -> None:
         super().__init__(root, batch_first=True, loss_reduction="sum", strict=False)
 
-    def capture_activations_hook(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """As Opacus's, with an error that names the layer."""
-        with layer_named(module):
-            super().capture_activations_hook(module, *args, **kwargs)
+    def add_hooks(self, *, loss_reduction: str = "sum", batch_first: bool = True, force_functorch: bool = False) -> None:
+        """Puts a forward hook on every layer with parameters; the pass's own tensor hook follows from there."""
+        handles: list[Any] = []
+        self._module.autograd_grad_sample_hooks = handles
+        self.autograd_grad_sample_hooks = handles
+        for layer in self.iterate_submodules(self._module):
+            if isinstance(layer, (DPRNN, DPLSTM, DPGRU)):  # made of linear layers, which have hooks of their own
+                continue
+            if type(layer) not in self.GRAD_SAMPLERS:
+                prepare_layer(layer, batch_first=batch_first)
+            handles.append(layer.register_forward_hook(self._after_forward))
+        self.enable_hooks()
 
-    def capture_backprops_hook(self, module: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """As Opacus's, unless the layer is frozen now."""
-        if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
-            with layer_named(module):
-                super().capture_backprops_hook(module, *args, **kwargs)
+    def _after_forward(self, layer: nn.Module, inputs: Any, output: Any) -> None:
+        before = len(vars(layer).get("activations", ()))
+        with layer_named(layer):
+            self.capture_activations_hook(layer, inputs, output)
+        captured = vars(layer).get("activations", ())
+        if len(captured) == before:  # frozen, in eval mode, or under no_grad
+            return
+        first = output if isinstance(output, Tensor) else next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+        first.register_hook(partial(self._after_backward, layer, captured[-1]))
+
+    def _after_backward(self, layer: nn.Module, activations: list[Tensor], gradient: Tensor) -> None:
+        if not any(parameter.requires_grad for parameter in layer.parameters(recurse=False)):
+            return
+        waiting = vars(layer).get("activations", [])
+        place = next((i for i, one in enumerate(waiting) if one is activations), None)
+        if place is None:
+            raise RuntimeError(
+                f"a backward pass went through {type(layer).__name__} twice, or through a forward pass of an earlier lot. Run each forward pass "
+                "anew and backpropagate it once."
+            )
+        waiting.append(waiting.pop(place))
+        with layer_named(layer):
+            self.capture_backprops_hook(layer, None, (gradient,), loss_reduction="sum", batch_first=True)
 
 
 class HooksEngine(PerRecordEngine):

@@ -162,3 +162,15 @@ def test_plans_survive_a_round_trip():
         plan = PrivacyPlan(sampling, (Release("a", 0.3, 7, 2.0),))
         assert PrivacyPlan.from_dict(plan.to_dict()) == plan
         assert plan.event(1.0) == PrivacyPlan.from_dict(plan.to_dict()).event(1.0)
+
+
+def test_the_claim_is_the_smaller_of_two_bounds():
+    tiny = PrivacyPlan(PoissonSampling(60_000, 256), (Release("sum", 1.0, 1),))
+    figure = epsilon(tiny.events(50.0), 1e-5)
+    assert figure.value <= figure.rdp
+
+
+def test_calibration_to_a_tiny_budget_ends():
+    plan = PrivacyPlan(PoissonSampling(60_000, 256), (Release("sum", 1.0, 10_000),))
+    noise = calibrate_noise_multiplier(plan, PrivacyBudget(0.01, 1e-5))
+    assert 0.009 <= plan.epsilon(noise, 1e-5) <= 0.01

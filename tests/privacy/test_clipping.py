@@ -98,3 +98,19 @@ def test_only_this_module_builds_sums_and_only_equal_clip_norms_add():
 def test_clip_norms_out_of_range_are_refused(clip_norm):
     with pytest.raises(ValueError, match="clip_norm"):
         clipped_sum({"a": torch.ones(1, 1)}, clip_norm)
+
+
+def test_autocast_does_not_round_a_clipped_sum():
+    # Eight equal rows: in bfloat16 their clipped sum would be off by up to one part in 256.
+    rows = {"a": torch.full((8, 30), 0.37), "b": torch.full((8,), 2.0)}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total = tensors_of(clipped_sum(rows, 0.1))
+    assert all(value.dtype == torch.float32 for value in total.values())
+    norm = torch.cat([value.flatten() for value in total.values()]).norm()
+    assert float(norm) == pytest.approx(0.8, rel=1e-6)
+
+
+def test_a_clip_norm_cannot_be_rewritten():
+    total = clipped_sum({"a": torch.ones(2, 3)}, 0.1)
+    with pytest.raises(AttributeError):
+        total.clip_norm = 5.0

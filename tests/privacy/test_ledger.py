@@ -111,3 +111,26 @@ def test_merging_takes_the_larger_count_of_each_event(path):
     ledger.merge({EVENT: 2, other: 4})
     ledger.merge({EVENT: 2, other: 4})
     assert PrivacyLedger(path).counts == {EVENT: 3, other: 4}
+
+
+def test_a_failed_write_leaves_the_ledger_usable(path, monkeypatch):
+    ledger = written(path, 2)
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(OSError, match="no space"):
+            ledger.charge(EVENT)
+    assert ledger.counts == {EVENT: 2}
+    with pytest.raises(LedgerError, match="another process"):  # the line is in the file, so it counts: read the file again
+        ledger.charge(EVENT)
+    assert PrivacyLedger(path).counts == {EVENT: 3}
+
+
+def test_merging_says_how_much_was_missing(path):
+    ledger = written(path, 2)
+    assert ledger.merge({EVENT: 5}) == 3
+    assert ledger.merge({EVENT: 4}) == 0
+    assert PrivacyLedger(path).counts == {EVENT: 5}

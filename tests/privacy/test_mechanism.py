@@ -124,3 +124,22 @@ def test_plan_equals_ledger_after_all_releases():
     for _ in range(4):
         door.release("sum", rows())
     assert door.ledger.event() == plan.event(1.3)
+
+
+def test_a_poisson_lot_is_released_once():
+    plan = PrivacyPlan(PoissonSampling(100, 10), (Release("sum", 1.0, 9), Release("other", 1.0, 9)))
+    door = GaussianMechanism(plan, 1.0, PrivacyLedger(None), SecretStream())
+    door.release("sum", rows())  # by hand, without lots
+    for _ in range(2):
+        door.next_lot()
+        door.release("sum", rows())
+        for name in ("sum", "other"):
+            with pytest.raises(RuntimeError, match="released already"):
+                door.release(name, rows())
+    assert len(door.ledger) == 3
+
+
+def test_where_noise_comes_from_is_said_for_each_device():
+    assert "CUDA Philox" in SecretStream().source(torch.device("cuda"))
+    assert "PCG64DXSM, 256 bits" in SecretStream().source(torch.device("cpu"))
+    assert "AES" in SecretStream(secure=True).source(torch.device("cuda"))

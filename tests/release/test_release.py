@@ -84,6 +84,9 @@ def test_the_certificate_says_what_was_spent_and_how(original):
         (lambda c: c["planned"][0].update(count=99), "planned events"),
         (lambda c: c["planned"][0].update(count=-1), "damaged.*below 1"),
         (lambda c: c["budget"].update(epsilon=1.0), "above the stated budget"),
+        (lambda c: c["budget"].update(delta=1e-3), "the claim is at delta 1e-05, the budget at 0.001"),
+        (lambda c: c.update(released=[]), "nothing was released"),
+        (lambda c: c["released"][0]["event"]["zero_out"].update(noise_multiplier=9.0), "neither the plan nor the earlier"),
         (lambda c: c["published_without_noise"].update(records=5), "number of records"),
         (lambda c: c.update(format="other/1"), "format"),
         (lambda c: c.pop("claim"), "damaged"),
@@ -120,6 +123,10 @@ def test_nothing_but_a_release_is_ever_replaced(original, release, tmp_path):
     with pytest.raises(FileExistsError, match="overwrite=True"):
         one.save(release)
     one.save(release, overwrite=True)
+    (release / "notes.txt").write_text("x")
+    with pytest.raises(FileExistsError, match="holds notes.txt beside an earlier release"):
+        one.save(release, overwrite=True)
+    assert (release / "notes.txt").exists()
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.tex").write_text("x")

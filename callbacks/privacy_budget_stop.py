@@ -40,7 +40,8 @@ class PrivacyBudgetStop(pl.Callback):
             raise ValueError(f"PrivacyBudgetStop needs DPStrategy; the Trainer has {type(strategy).__name__}.")
         if strategy.budget is not None and self.epsilon >= strategy.budget.epsilon:
             raise ValueError(
-                f"PrivacyBudgetStop(epsilon={self.epsilon:g}) is not below the strategy's epsilon={strategy.budget.epsilon:g}, at which training "
+                f"PrivacyBudgetStop(epsilon={self.epsilon:g}) is not below the strategy's epsilon={strategy.budget.epsilon:g}, at "
+                "which training "
                 "stops anyway. Lower it, or remove the callback."
             )
 

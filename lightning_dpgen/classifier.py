@@ -61,7 +61,8 @@ class Classifier(pl.LightningModule):
         classes, shape = self.num_classes or getattr(data, "num_classes", None), self.image_shape or getattr(data, "image_shape", None)
         if classes is None or shape is None or self.name is None:
             raise ValueError(
-                f"Classifier({self.name!r}) does not know its classes and image shape: give num_classes=… and image_shape=(C, H, W), or use "
+                f"Classifier({self.name!r}) does not know its classes and image shape: give num_classes=… and image_shape=(C, H, "
+                "W), or use "
                 "one of lightning_dpgen.data's data modules."
             )
         self.network = CLASSIFIERS[self.name](classes, shape)

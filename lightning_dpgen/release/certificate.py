@@ -105,7 +105,9 @@ def make_certificate(trainer: pl.Trainer, images: int) -> dict[str, Any]:
         "relation_in_words": RELATION,
         "unit_in_words": UNIT,
         "trust_model": TRUST,
-        "budget": {"epsilon": strategy.budget.epsilon, "delta": strategy.budget.delta} if strategy.budget and account.keeps_budget else None,
+        "budget": {"epsilon": strategy.budget.epsilon, "delta": strategy.budget.delta}
+        if strategy.budget and account.keeps_budget
+        else None,
         "plan": plan.to_dict(),
         "noise_multiplier": noise_multiplier,
         "before": _events(counts[0]),

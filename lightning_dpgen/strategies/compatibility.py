@@ -118,13 +118,15 @@ def private_optimizer(optimizers: list[Any], module: pl.LightningModule, roots: 
             continue
         if outside and "" not in roots:
             raise ValueError(
-                f"a {type(optimizer).__name__} steps parameters of {', '.join(roots)} and others ({', '.join(outside[:4])}). Give the networks "
+                f"a {type(optimizer).__name__} steps parameters of {', '.join(roots)} and others ({', '.join(outside[:4])}). Give "
+                "the networks "
                 "that see records an optimizer of their own, or name the others in private_modules too."
             )
         found.append(optimizer)
     if len(found) != 1 or (module.automatic_optimization and len(optimizers) != 1):
         raise ValueError(
-            f"{type(module).__name__} has {len(optimizers)} optimizers, {len(found)} of them for parameters that see records; it must be one. "
+            f"{type(module).__name__} has {len(optimizers)} optimizers, {len(found)} of them for parameters that see records; it "
+            "must be one. "
             "Name what sees records in DPStrategy(private_modules=…) and give all of it to one optimizer."
         )
     kind = type(found[0]).__name__

@@ -145,11 +145,12 @@ class DPDDPStrategy(PrivateTraining, pl.strategies.DDPStrategy):
                 outcome = (self.account.state(), self.plan.to_dict(), None)
             except Exception as error:  # the others must hear of it, or they would wait for ever
                 outcome = (None, None, error)
-        state, shape, error = self.broadcast(outcome)
-        if error is not None:
-            raise error
+        state, shape, problem = self.broadcast(outcome)
+        if problem is not None:
+            raise problem
         if self.rank > 0:
-            assert state is not None and shape is not None
+            assert state is not None
+            assert shape is not None
             self.account.follow(state, PrivacyPlan.from_dict(shape))
 
     def _over_processes(self, total: ClippedSum) -> ClippedSum:

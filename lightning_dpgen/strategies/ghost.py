@@ -31,10 +31,10 @@ class _Pass:
     activations: list[Tensor]
     backprops: Tensor
 
-    def rows(self, backprops: Tensor | None = None) -> dict[nn.Parameter, Tensor]:
+    def rows(self, backprops: Tensor | None = None) -> dict[Tensor, Tensor]:
         sampler = GradSampleHooks.GRAD_SAMPLERS.get(type(self.layer), ft_compute_per_sample_gradient)
         with layer_named(self.layer):
-            found: dict[nn.Parameter, Tensor] = sampler(self.layer, self.activations, self.backprops if backprops is None else backprops)
+            found: dict[Tensor, Tensor] = sampler(self.layer, self.activations, self.backprops if backprops is None else backprops)
         return found
 
     def square_norms(self) -> Tensor:
@@ -44,11 +44,11 @@ class _Pass:
             return torch.stack([value.square() for value in norms.values()]).sum(0)
         return torch.stack([as_matrix(value).square().sum(1) for p, value in self.rows().items() if p.requires_grad]).sum(0)
 
-    def weighted(self, factors: Tensor) -> dict[nn.Parameter, Tensor]:
+    def weighted(self, factors: Tensor) -> dict[Tensor, Tensor]:
         """The sum of ``factors[i]`` times row ``i``, by parameter."""
         layer, used = self.layer, self._where(factors > 0)
         scaled = used.backprops * factors.view(-1, *[1] * (used.backprops.dim() - 1))
-        total: dict[nn.Parameter, Tensor] = {}
+        total: dict[Tensor, Tensor] = {}
         if type(layer) is nn.Linear:
             flat = scaled.flatten(0, -2)
             total[layer.weight] = flat.T @ used.activations[0].flatten(0, -2)
@@ -67,7 +67,10 @@ class _Pass:
     def _where(self, used: Tensor) -> _Pass:
         if used.all():
             return self
-        masked = [torch.where(used.view(-1, *[1] * (t.dim() - 1)), t, 0) if len(t) == len(used) else t for t in (self.backprops, *self.activations)]
+        masked = [
+            torch.where(used.view(-1, *[1] * (t.dim() - 1)), t, 0) if len(t) == len(used) else t
+            for t in (self.backprops, *self.activations)
+        ]
         return _Pass(self.layer, masked[1:], masked[0])
 
 

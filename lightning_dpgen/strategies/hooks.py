@@ -55,7 +55,8 @@ class RecordHooks(GradSampleHooks):
         place = next((i for i, one in enumerate(waiting) if one is activations), None)
         if place is None:
             raise RuntimeError(
-                f"a backward pass went through {type(layer).__name__} twice, or through a forward pass of an earlier lot. Run each forward pass "
+                f"a backward pass went through {type(layer).__name__} twice, or through a forward pass of an earlier lot. Run "
+                "each forward pass "
                 "anew and backpropagate it once."
             )
         waiting.append(waiting.pop(place))
@@ -94,7 +95,9 @@ class HooksEngine(PerRecordEngine):
         self.set_reduction(self.loss_reduction)
 
     def _hooked(self) -> list[nn.Module]:
-        tops = [child for _, child in self.module.named_children()] if "" in self.roots else [self.module.get_submodule(r) for r in self.roots]
+        tops = (
+            [child for _, child in self.module.named_children()] if "" in self.roots else [self.module.get_submodule(r) for r in self.roots]
+        )
         return [top for top in tops if any(p.requires_grad for p in top.parameters())]
 
     def _hook(self, root: nn.Module) -> GradSampleHooks:

@@ -74,9 +74,7 @@ def check_loader(loader: object, world: int = 1) -> DataLoader[Any]:
     return loader
 
 
-def private_loader(
-    loader: DataLoader[Any], sampling: Sampling, stream: SecretStream, rank: int = 0, world: int = 1
-) -> DataLoader[Any]:
+def private_loader(loader: DataLoader[Any], sampling: Sampling, stream: SecretStream, rank: int = 0, world: int = 1) -> DataLoader[Any]:
     """``loader`` with the plan's sampling; as many lots in an epoch as N records fill batches, with ``drop_last`` whole ones.
 
     Args:

@@ -77,7 +77,9 @@ class PrivateTraining(pl.strategies.Strategy):
         self._physical = None if physical_batch_size is None else positive_int("physical_batch_size", physical_batch_size)
         self._private_modules = private_modules
         self._stream = SecretStream(secure=secure_noise)
-        self.account = PrivacyAccount(Terms(self.budget, self.delta, noise_multiplier, None if ledger is None else str(ledger)), self._stream)
+        self.account = PrivacyAccount(
+            Terms(self.budget, self.delta, noise_multiplier, None if ledger is None else str(ledger)), self._stream
+        )
         self.open_ended = False
         self._engine: PerRecordEngine | None = None
         self._probe: Probe | None = None
@@ -247,7 +249,7 @@ class PrivateTraining(pl.strategies.Strategy):
             closure()
             self._probe.saw(optimizer is self._private, optimizer)
             return None
-        if optimizer is not self._private:
+        if self._private is None or optimizer is not self._private:
             return self._public_step(engine, optimizer, closure, model, **kwargs)
         mechanism = self.account.ready()
         if self._module.automatic_optimization:
@@ -374,7 +376,8 @@ class PrivateTraining(pl.strategies.Strategy):
         earlier = getattr(module, "trained_under", run)
         if earlier != run:
             raise ValueError(
-                f"this {type(module).__name__} was trained before, under ledger {earlier}; a second ledger ({run}) would account for a part of "
+                f"this {type(module).__name__} was trained before, under ledger {earlier}; a second ledger ({run}) would account "
+                "for a part of "
                 "what its weights were made from. Give that ledger, DPStrategy(ledger='….jsonl'), or start from a new module (load "
                 "weights that cost nothing with load_state_dict)."
             )
@@ -417,7 +420,8 @@ class PrivateTraining(pl.strategies.Strategy):
             output = super().training_step(batch if count else one_blank_record(batch), *rest)
         if self._lot_is_open:
             raise RuntimeError(
-                f"{type(self._module).__name__}.training_step did not step its private optimizer on this lot. Every lot must release, since "
+                f"{type(self._module).__name__}.training_step did not step its private optimizer on this lot. Every lot must "
+                "release, since "
                 "which lots do not may tell of records: step it once in every training_step, and the others as often as you like."
             )
         return output

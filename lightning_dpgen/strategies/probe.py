@@ -1,12 +1,14 @@
 """Runs a user's module on random inputs of its loader's shape, once, and refuses what no list of refusals can foresee."""
 
+# ruff: noqa: NPY002 -- users' steps draw from numpy's global state, so that is what is seeded and put back
+
 from __future__ import annotations
 
 import copy
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from lightning_dpgen.privacy.probe import RowDependenceError, check_row_independ
 from lightning_dpgen.strategies.engine import PerRecordEngine, SingleRecordEngine, record_count
 from lightning_dpgen.strategies.functional import FunctionalEngine
 from lightning_dpgen.strategies.hooks import HooksEngine
+from lightning_dpgen.strategies.loaders import EmptyAwareCollate
 
 if TYPE_CHECKING:
     from lightning_dpgen.strategies.private import PrivateTraining
@@ -92,7 +95,7 @@ class Probe:
 
     def _rows_of(self, records: Sequence[Any], seed: int) -> dict[str, Tensor]:
         _seed(seed)
-        collated = self.loader.collate_fn.collate(list(records))  # type: ignore[attr-defined]
+        collated = cast(EmptyAwareCollate, self.loader.collate_fn).collate(list(records))
         batch = self.strategy.batch_to_device(self.strategy.precision_plugin.convert_input(collated), self.strategy.root_device)
         self._count = record_count(batch)
         self.engine.clear()
@@ -138,7 +141,8 @@ class Probe:
         if wrong:
             raise RowDependenceError(
                 f"the per-record gradients of {', '.join(wrong[:6])} do not add up to its gradient: a weight that is also used outside its "
-                "layer (tied by hand), an Embedding with padding_idx, or a layer that the hooks do not know. Use grad_sample='functional', physical_batch_size=1, or, for "
+                "layer (tied by hand), an Embedding with padding_idx, or a layer that the hooks do not know. Use "
+                "grad_sample='functional', physical_batch_size=1, or, for "
                 "recurrent and attention layers, opacus.layers (DPLSTM, DPMultiheadAttention)."
             )
 
@@ -150,7 +154,8 @@ class Probe:
             found.append(self._public)
         if len(found[0]) != len(found[1]) or not all(_close(a, b, self.tolerance) for a, b in zip(*found, strict=True)):
             raise RuntimeError(
-                f"an optimizer of {type(self.module).__name__} that is not private steps on a gradient that changes with the records: it would "
+                f"an optimizer of {type(self.module).__name__} that is not private steps on a gradient that changes with the "
+                "records: it would "
                 "carry them past the noise. Let its loss read generated data and released weights only, or name its networks in "
                 "private_modules."
             )
@@ -186,7 +191,7 @@ def _randomised(leaf: Any) -> Any:
     if isinstance(leaf, Tensor) and leaf.is_floating_point():
         return torch.rand_like(leaf)
     if isinstance(leaf, np.ndarray) and np.issubdtype(leaf.dtype, np.floating):
-        return np.random.random_sample(leaf.shape).astype(leaf.dtype)
+        return np.asarray(np.random.random_sample(leaf.shape), dtype=leaf.dtype)
     return random.random() if isinstance(leaf, float) else leaf
 
 

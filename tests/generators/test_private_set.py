@@ -103,7 +103,6 @@ def test_rows_do_not_mix_records(digits):
         check_row_independence(mixed, lots[0], lots[1:])
 
 
-
 @pytest.mark.parametrize("preset", ["cpu", "published"])
 def test_non_interference(tmp_path, monkeypatch, digits, preset):
     """With a release that ignores its rows, two unrelated data sets leave the same public state, bit for bit."""

@@ -8,13 +8,13 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from helpers import Mlp, fit, flat, oracle, trainer
+from lightning_dpgen.callbacks import PrivacyMonitor
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 from torchmetrics import Accuracy
 
 from lightning_dpgen import DPStrategy
-from lightning_dpgen.callbacks import PrivacyMonitor
 from lightning_dpgen.privacy import BudgetExhausted, PoissonSampling, RowDependenceError
 
 
@@ -404,7 +404,11 @@ def test_what_records_could_write_past_the_door_is_refused(tmp_path, digit_recor
             if batch_idx == self.trainer.max_steps - 1:
                 self.mean += batch[0].flatten(1).sum(0)
 
-    for kind, message in ((Frozen, "memory.weight were written"), (Trainable, "net.1.weight were written"), (Buffer, "buffers mean changed")):
+    for kind, message in (
+        (Frozen, "memory.weight were written"),
+        (Trainable, "net.1.weight were written"),
+        (Buffer, "buffers mean changed"),
+    ):
         with pytest.raises(RuntimeError, match=message):
             fit(tmp_path, kind(), digit_records, 16, trainer_options={"max_steps": 2}, noise_multiplier=1.0)
 

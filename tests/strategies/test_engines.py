@@ -111,9 +111,7 @@ def test_a_sum_over_records_is_told_from_a_mean(tmp_path, options):
         module.loss = lambda net, batch: F.cross_entropy(net(batch[0]), batch[1], reduction="sum")
         return module
 
-    torch.testing.assert_close(
-        released(tmp_path, build(), images(), 0.5, **options), oracle(build(), images(), 0.5), atol=1e-5, rtol=1e-3
-    )
+    torch.testing.assert_close(released(tmp_path, build(), images(), 0.5, **options), oracle(build(), images(), 0.5), atol=1e-5, rtol=1e-3)
 
 
 @pytest.mark.parametrize("options", ENGINES, ids=named)
@@ -313,12 +311,12 @@ def test_what_each_engine_cannot_do_is_refused_with_the_way_out(tmp_path, digit_
 
     with pytest.raises(RuntimeError, match="cannot be vectorised.*hooks"):
         fit(tmp_path, Item(), digit_records, 16, grad_sample="functional")
-    with pytest.raises(ValueError, match="float32 matrix precision is 'high'"):
-        torch.set_float32_matmul_precision("high")
-        try:
+    torch.set_float32_matmul_precision("high")
+    try:
+        with pytest.raises(ValueError, match="float32 matrix precision is 'high'"):
             fit(tmp_path, Mlp(), digit_records, 16, grad_sample="ghost")
-        finally:
-            torch.set_float32_matmul_precision("highest")
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_functional_takes_layers_in_any_mode(tmp_path, digit_records):

@@ -6,6 +6,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from helpers import Mlp, fit, flat, oracle, trainer
+from lightning_dpgen.callbacks import PrivacyBudgetStop, PrivacyMonitor
 from pytorch_lightning.demos.boring_classes import BoringDataModule, BoringModel, ManualOptimBoringModel
 from pytorch_lightning.demos.lstm import SimpleLSTM
 from pytorch_lightning.demos.transformer import Transformer
@@ -16,7 +17,6 @@ from torchmetrics import Accuracy
 from torchvision.models import resnet18
 
 from lightning_dpgen import DPStrategy
-from lightning_dpgen.callbacks import PrivacyBudgetStop, PrivacyMonitor
 
 
 def test_the_boring_model_fits_validates_and_tests(tmp_path):

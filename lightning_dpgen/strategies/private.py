@@ -85,7 +85,7 @@ class PrivateTraining(pl.strategies.Strategy):
         self._probe: Probe | None = None
         self._private: torch.optim.Optimizer | None = None
         self._guards: list[Any] = []
-        self._records = self._batch_size = self._pending = 0
+        self._records = self._batch_size = self._pending = self._unfinished = 0
         self._restored: dict[str, Any] | None = None
         self._prepared = self._lot_is_open = False
         self._private_keys: set[str] = set()
@@ -179,6 +179,7 @@ class PrivateTraining(pl.strategies.Strategy):
     def on_train_start(self) -> None:
         """Checks the loader once more and, for a user's module, that rows depend on their own records."""
         super().on_train_start()
+        self._unfinished = self._unfinished_lots()  # a checkpoint from within a step holds one
         loader = self._module.trainer.train_dataloader
         sampling = getattr(getattr(loader, "batch_sampler", None), "sampling", None)
         if not isinstance(loader, DataLoader) or sampling != self.plan.sampling:
@@ -282,6 +283,12 @@ class PrivateTraining(pl.strategies.Strategy):
         super().on_train_end()
         if self._engine is not None:
             self._engine.check_buffers()
+        skipped = self._unfinished_lots() - self._unfinished
+        if skipped > 0:
+            raise RuntimeError(
+                f"{skipped} lots were drawn and not released: an on_train_batch_start hook returned -1. Which lots are "
+                "skipped may tell of records. Let every lot through; limit_train_batches shortens an epoch."
+            )
         self._module.trainer.callback_metrics["privacy/epsilon"] = torch.tensor(self.epsilon_spent())
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
@@ -441,6 +448,10 @@ class PrivateTraining(pl.strategies.Strategy):
     @staticmethod
     def _zero_loss(engine: PerRecordEngine) -> Tensor:
         return cast(Tensor, sum(parameter.sum() * 0.0 for parameter in engine.parameters.values()))
+
+    def _unfinished_lots(self) -> int:
+        drawn = self._module.trainer.fit_loop.epoch_loop.batch_progress.total
+        return int(drawn.ready - drawn.completed)
 
     def _public_step(self, engine: PerRecordEngine, optimizer: Any, closure: Callable[[], Any], model: Any, **kwargs: Any) -> Any:
         def public_closure() -> Any:

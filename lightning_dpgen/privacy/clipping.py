@@ -68,8 +68,8 @@ def row_norms(rows: Mapping[str, Tensor]) -> Tensor:
         Private, one number a record.
     """
     with torch.autocast(next(iter(rows.values())).device.type, enabled=False):
-        squares = [as_matrix(value).to(_wide(value)).square().sum(1) for value in rows.values()]
-        return torch.stack(squares).sum(0).sqrt()
+        norms = [torch.linalg.vector_norm(as_matrix(value).to(_wide(value)), dim=1) for value in rows.values()]
+        return torch.linalg.vector_norm(torch.stack(norms), dim=0)
 
 
 def clipped_sum(rows: Mapping[str, Tensor], clip_norm: float) -> ClippedSum:

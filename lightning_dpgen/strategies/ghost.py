@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,7 +148,6 @@ class GhostEngine(HooksEngine):
         alone = {names[id(p)] for one in single for p in one.layer.parameters(recurse=False) if id(p) in names}
         others = [one for one in self._captured if not any(one is s for s in single)]
         shared = self._rows(others, {name: p for name, p in self.parameters.items() if name not in alone}, records)
-        scale = records if self.loss_reduction == "mean" else 1
 
         def weighted(factors: Tensor) -> dict[str, Tensor]:
             used = factors > 0
@@ -158,12 +156,12 @@ class GhostEngine(HooksEngine):
                 flat = torch.where(used[:, None], as_matrix(value).float(), 0.0)
                 total[name] = (factors @ flat).view(value.shape[1:])
             for one in single:
-                total |= {names[id(p)]: value for p, value in one.weighted(factors * scale).items() if id(p) in names}
+                total |= {names[id(p)]: value for p, value in one.weighted(factors).items() if id(p) in names}
             return total
 
         squares = [as_matrix(value).float().square().sum(1) for value in shared.values()]
         with torch.autocast(next(iter(self.parameters.values())).device.type, enabled=False):
-            squares += [one.square_norms() * math.pow(scale, 2) for one in single]
+            squares += [one.square_norms() for one in single]
         return ghost_clipped_sum(torch.stack(squares).sum(0).sqrt(), weighted, self.clip_norm)
 
     def forget_rows(self) -> None:
@@ -183,4 +181,4 @@ class GhostEngine(HooksEngine):
             check_passes(name, parameter)
             if name not in rows:
                 rows[name] = untouched(name, parameter, records)
-        return {name: value * records for name, value in rows.items()} if self.loss_reduction == "mean" else rows
+        return rows

@@ -61,7 +61,7 @@ class RecordHooks(GradSampleHooks):
             )
         waiting.append(waiting.pop(place))
         with layer_named(layer):
-            self.capture_backprops_hook(layer, None, (gradient,), loss_reduction="sum", batch_first=True)
+            self.capture_backprops_hook(layer, None, (gradient,), loss_reduction=self.loss_reduction, batch_first=True)
 
 
 class HooksEngine(PerRecordEngine):
@@ -106,6 +106,8 @@ class HooksEngine(PerRecordEngine):
     def set_reduction(self, reduction: str) -> None:
         """Says whether the loss is a ``"mean"`` or a ``"sum"`` over the records of a batch."""
         self.loss_reduction = reduction
+        for hooks in self._hooks:
+            hooks.loss_reduction = reduction
 
     def check_modes(self) -> None:
         """Raises if a layer with private parameters is in eval mode, where its rows are not recorded.
@@ -137,9 +139,7 @@ class HooksEngine(PerRecordEngine):
             # Several backward passes before one step: a record's rows belong together, as in a pair of real and fake.
             parts = sample if isinstance(sample, list) else [sample]
             check_count(name, {len(part) for part in parts}, records)
-            rows[name] = torch.stack(parts).sum(0) if len(parts) > 1 else sample if not isinstance(sample, list) else parts[0]
-            if self.loss_reduction == "mean":
-                rows[name] = rows[name] * records
+            rows[name] = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
         return rows
 
     def forget_rows(self) -> None:

@@ -3,6 +3,7 @@ import csv
 import pytest
 import pytorch_lightning as pl
 import torch
+from helpers import trainer as quiet
 from lightning_dpgen.callbacks import PrivacyMonitor, ReleaseWriter, SampleGrid, TSTREvaluation
 from pytorch_lightning.demos.boring_classes import BoringModel
 from pytorch_lightning.loggers import CSVLogger
@@ -12,15 +13,11 @@ from lightning_dpgen import DigitsDataModule, DPStrategy, PrivateSetGeneration, 
 
 def run(folder, callbacks, strategy=None, steps=4, **options):
     torch.manual_seed(0)
-    trainer = pl.Trainer(
+    trainer = quiet(
+        folder,
+        strategy or DPStrategy(noise_multiplier=1.0),
         max_steps=steps,
-        strategy=strategy or DPStrategy(noise_multiplier=1.0),
-        accelerator="cpu",
         callbacks=callbacks,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
         **{"logger": CSVLogger(folder, name="logs"), **options},
     )
     module = PrivateSetGeneration(images_per_class=1, schedule_overrides={"width": 4})

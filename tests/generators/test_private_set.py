@@ -269,3 +269,29 @@ def test_classes_and_shape_come_from_the_data_module_or_are_asked_for(tmp_path, 
         trainer(tmp_path).fit(PrivateSetGeneration(), DataLoader(digit_records, batch_size=16))
     with pytest.raises(ValueError, match="num_classes=3, the data module declares 10"):
         trainer(tmp_path).fit(generator(num_classes=3), DigitsDataModule())
+
+
+def test_image_steps_go_back_to_earlier_releases_also_after_a_resume(tmp_path, digit_records, monkeypatch):
+    overrides = {"image_steps": 8, "replay": True}
+    run, first = trainer(tmp_path, 6), generator(schedule_overrides=overrides)
+    stop = pl.callbacks.LambdaCallback(on_train_batch_end=lambda run, *_: setattr(run, "should_stop", run.global_step == 3))
+    run.callbacks.append(stop)
+    run.fit(first, DataLoader(digit_records, batch_size=16))
+    run.save_checkpoint(tmp_path / "three.ckpt")
+    asked = []
+    original = PrivateSetGeneration._image_gradient
+
+    def spy(self, network, target):
+        asked.append(float(next(iter(target.values())).sum()))
+        return original(self, network, target)
+
+    monkeypatch.setattr(PrivateSetGeneration, "_image_gradient", spy)
+    again = generator(schedule_overrides=overrides)
+    resumed = trainer(tmp_path, 6)
+    resumed.fit(again, DataLoader(digit_records, batch_size=16), ckpt_path=tmp_path / "three.ckpt")
+    assert len(again._asked) == len(resumed.strategy.ledger) == 6
+    earlier = {float(next(iter(target.values())).sum()) for _, target in first._asked}
+    assert earlier & set(asked)  # none of the three in 21 draws of 4 to 6: below 1e-5
+    assert len(asked) == 3 * 8
+    for (_, mine), (_, theirs) in zip(again._asked, first._asked, strict=False):
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)

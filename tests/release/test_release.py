@@ -4,33 +4,24 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from helpers import trainer
 
 from lightning_dpgen import DigitsDataModule, DPStrategy, PrivateSetGeneration, SanitizedRelease, load_release, verify_release
 from lightning_dpgen.release import InvalidRelease, NotCertifiable
 
 
 def finished(folder, strategy=None, steps=3, **options) -> pl.Trainer:
-    trainer = pl.Trainer(
-        max_steps=steps,
-        strategy=strategy or DPStrategy(epsilon=5.0),
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        **options,
-    )
-    trainer.fit(PrivateSetGeneration(images_per_class=2, schedule_overrides={"width": 4}), DigitsDataModule(batch_size=200))
-    return trainer
+    run = trainer(folder, strategy or DPStrategy(epsilon=5.0), max_steps=steps, **options)
+    run.fit(PrivateSetGeneration(images_per_class=2, schedule_overrides={"width": 4}), DigitsDataModule(batch_size=200))
+    return run
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    trainer = finished(folder)
-    SanitizedRelease.from_trainer(trainer).save(folder / "release")
-    return folder / "release", trainer
+    run = finished(folder)
+    SanitizedRelease.from_trainer(run).save(folder / "release")
+    return folder / "release", run
 
 
 @pytest.fixture
@@ -41,10 +32,10 @@ def release(original, tmp_path):
 
 
 def test_a_release_holds_images_certificate_card_and_preview(original):
-    path, trainer = original
+    path, run = original
     assert sorted(p.name for p in path.iterdir()) == ["README.md", "generator.safetensors", "images.npz", "preview.png", "privacy.json"]
     loaded = load_release(path)
-    module = trainer.lightning_module
+    module = run.lightning_module
     assert loaded.images.shape == (20, 8, 8)
     np.testing.assert_array_equal(loaded.images, (module.average[:, 0].clamp(0, 1) * 255).round().to(torch.uint8).numpy())
     assert loaded.labels.tolist() == module.labels.tolist()
@@ -55,9 +46,9 @@ def test_a_release_holds_images_certificate_card_and_preview(original):
 
 
 def test_the_certificate_says_what_was_spent_and_how(original):
-    path, trainer = original
+    path, run = original
     certificate = verify_release(path)
-    strategy = trainer.strategy
+    strategy = run.strategy
     claim = certificate["claim"]
     assert claim["epsilon"] == pytest.approx(strategy.plan.epsilon(strategy.noise_multiplier, 1e-5))
     assert claim["epsilon"] <= 5.0
@@ -136,24 +127,24 @@ def test_nothing_but_a_release_is_ever_replaced(original, release, tmp_path):
 
 
 def test_no_claim_without_noise_or_strategy(tmp_path):
-    trainer = finished(tmp_path, DPStrategy(noise_multiplier=0.0))
+    run = finished(tmp_path, DPStrategy(noise_multiplier=0.0))
     with pytest.raises(NotCertifiable, match="epsilon=inf"):
-        SanitizedRelease.from_trainer(trainer)
+        SanitizedRelease.from_trainer(run)
     with pytest.raises(NotCertifiable, match="DPStrategy"):
         SanitizedRelease.from_trainer(pl.Trainer(logger=False, accelerator="cpu"))
 
 
 def test_a_run_stopped_early_claims_the_plan(tmp_path):
     class Stop(pl.Callback):
-        def on_train_batch_end(self, trainer, *args):
-            trainer.should_stop = trainer.global_step == 2
+        def on_train_batch_end(self, run, *args):
+            run.should_stop = run.global_step == 2
 
-    trainer = finished(tmp_path, DPStrategy(noise_multiplier=1.0), steps=8, callbacks=[Stop()])
-    certificate = SanitizedRelease.from_trainer(trainer).certificate
-    assert len(trainer.strategy.ledger) == 2
+    run = finished(tmp_path, DPStrategy(noise_multiplier=1.0), steps=8, callbacks=[Stop()])
+    certificate = SanitizedRelease.from_trainer(run).certificate
+    assert len(run.strategy.ledger) == 2
     assert certificate["claim"]["basis"] == "plan"
-    assert certificate["claim"]["epsilon"] == pytest.approx(trainer.strategy.plan.epsilon(1.0, 1e-5))
-    assert certificate["claim"]["epsilon"] > trainer.strategy.epsilon_spent()
+    assert certificate["claim"]["epsilon"] == pytest.approx(run.strategy.plan.epsilon(1.0, 1e-5))
+    assert certificate["claim"]["epsilon"] > run.strategy.epsilon_spent()
 
 
 def test_nothing_private_is_in_the_release(original):

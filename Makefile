@@ -37,6 +37,7 @@ test-slow: install data
 bench: install
 	$(BIN)/python benchmarks/per_record_gradients.py
 	$(BIN)/python benchmarks/lot_memory.py
+	$(BIN)/python benchmarks/dp_step.py
 
 lint: install
 	$(BIN)/ruff check --fix .

@@ -7,6 +7,7 @@ import math
 import uuid
 from collections import Counter
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ class PrivacyAccount:
         mechanism = self.ready()
         return self.terms.budget is not None and all(mechanism.remaining(r.name) < 1 for r in mechanism.plan.releases)
 
-    def begin(self, plan: PrivacyPlan, folder: Path, previous: dict[str, Any] | None, share_done: float) -> GaussianMechanism:
+    def begin(self, plan: PrivacyPlan, folder: Path, previous: dict[str, Any] | None, share_done: Fraction) -> GaussianMechanism:
         """Opens a fit: calibrates or continues, merges what a checkpoint knows, checks the budget.
 
         Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,8 @@ class DPStrategy(PrivateTraining, pl.strategies.SingleDeviceStrategy):
 class DPDDPStrategy(PrivateTraining, pl.strategies.DDPStrategy):
     """:class:`DPStrategy` in several processes, one device each; started as Lightning's ``DDPStrategy`` is.
 
-    Takes the arguments of :class:`DPStrategy`, and ``process_group_backend``, ``timeout`` and ``start_method`` as Lightning's
-    ``DDPStrategy`` does. The loader's ``batch_size`` is the expected lot of all processes together.
+    Takes the arguments of :class:`DPStrategy`, and ``process_group_backend``, ``timeout`` and the like as Lightning's
+    ``DDPStrategy`` does; processes are started by the script itself or by torchrun, not forked. The loader's ``batch_size`` is the expected lot of all processes together.
 
     Privacy:
         As one device. Each process holds the records ``rank::world``, none twice, and draws its own masks; it clips and sums
@@ -123,6 +124,11 @@ class DPDDPStrategy(PrivateTraining, pl.strategies.DDPStrategy):
         secure_noise: bool = False,
         **ddp: Any,
     ) -> None:
+        if ddp.get("start_method", "popen") != "popen":
+            raise ValueError(
+                f"start_method={ddp['start_method']!r}: the process that calls fit would never see the ledger of those that train, and report "
+                "epsilon 0. Leave it out, or use torchrun."
+            )
         super().__init__(**ddp)
         self._set_private_arguments(
             epsilon, delta, noise_multiplier, clip_norm, grad_sample, physical_batch_size, private_modules, ledger, secure_noise
@@ -137,7 +143,7 @@ class DPDDPStrategy(PrivateTraining, pl.strategies.DDPStrategy):
         """Makes the processes' weights equal; gradients are reduced by the strategy, after clipping."""
         submodule("overrides.distributed")._sync_module_states(self._module)
 
-    def _begin(self, plan: PrivacyPlan, folder: Path, previous: dict[str, Any] | None, share_done: float) -> None:
+    def _begin(self, plan: PrivacyPlan, folder: Path, previous: dict[str, Any] | None, share_done: Fraction) -> None:
         outcome: tuple[dict[str, Any] | None, dict[str, Any] | None, BaseException | None] = (None, None, None)
         if self.rank == 0:
             try:

@@ -7,6 +7,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
 
@@ -310,7 +311,7 @@ class PrivateTraining(pl.strategies.Strategy):
 
     # What several processes do otherwise ------------------------------------------------------------------------------
 
-    def _begin(self, plan: PrivacyPlan, folder: Path, previous: dict[str, Any] | None, share_done: float) -> None:
+    def _begin(self, plan: PrivacyPlan, folder: Path, previous: dict[str, Any] | None, share_done: Fraction) -> None:
         self.account.begin(plan, folder, previous, share_done)
 
     def _over_processes(self, total: ClippedSum) -> ClippedSum:
@@ -371,7 +372,7 @@ class PrivateTraining(pl.strategies.Strategy):
         previous, self._restored = self._restored, None
         counts_lots = module.automatic_optimization or self._owns_releases  # else global_step counts every optimizer
         done = max(trainer.global_step, 0 if previous is None else int(previous["global_step"])) if counts_lots else 0
-        self._begin(plan, Path(trainer.default_root_dir) / "privacy", previous, min(1.0, done / (steps or 1)))
+        self._begin(plan, Path(trainer.default_root_dir) / "privacy", previous, Fraction(min(done, steps or 1), steps or 1))
         self._check_history(module)
         self._prepared = True
         self._note_monitors(trainer)

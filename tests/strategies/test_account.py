@@ -48,6 +48,20 @@ def test_a_later_fit_that_stops_early_claims_what_came_before_and_all_that_it_pl
     assert claimed(run.strategy) == pytest.approx(5.79, abs=0.02)  # 40
 
 
+@pytest.mark.parametrize("done", [1, 7, 119])
+def test_what_is_left_of_a_plan_is_counted_in_whole_releases(done):
+    from fractions import Fraction
+    from pathlib import Path
+
+    from lightning_dpgen.privacy import PoissonSampling, PrivacyPlan, Release, SecretStream
+    from lightning_dpgen.strategies.account import PrivacyAccount, Terms
+
+    account = PrivacyAccount(Terms(None, 1e-5, 1.0, None), SecretStream())
+    plan = PrivacyPlan(PoissonSampling(80, 8), (Release("sum", 1.0, 120),))
+    account.begin(plan, Path("nowhere"), None, Fraction(done, 120))
+    assert sum(account.planned.values()) == 120 - done
+
+
 def test_a_resumed_run_claims_its_plan_once(tmp_path, digit_records):
     run = fit(tmp_path, Mlp(), digit_records, 8, noise_multiplier=1.0, trainer_options={"max_steps": 10})
     run.save_checkpoint(tmp_path / "ten.ckpt")

@@ -13,6 +13,8 @@ import torch
 from helpers import Mlp, fit
 from torch.utils.data import TensorDataset
 
+from lightning_dpgen import DPDDPStrategy
+
 HERE = Path(__file__).parent
 
 
@@ -29,6 +31,11 @@ def ddp(folder, **options):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(options.get("world", 2))]
+
+
+def test_forked_processes_are_refused():
+    with pytest.raises(ValueError, match="start_method='fork'"):
+        DPDDPStrategy(epsilon=3.0, start_method="fork")
 
 
 SLOW = [pytest.param(world, grad_sample, marks=pytest.mark.slow) for world, grad_sample in ((4, "hooks"), (2, "ghost"), (2, "functional"))]

@@ -69,7 +69,8 @@ def row_norms(rows: Mapping[str, Tensor]) -> Tensor:
     """
     with torch.autocast(next(iter(rows.values())).device.type, enabled=False):
         norms = [torch.linalg.vector_norm(as_matrix(value).to(_wide(value)), dim=1) for value in rows.values()]
-        return torch.linalg.vector_norm(torch.stack(norms), dim=0)
+        total: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+        return total
 
 
 def clipped_sum(rows: Mapping[str, Tensor], clip_norm: float) -> ClippedSum:

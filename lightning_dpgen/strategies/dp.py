@@ -98,7 +98,8 @@ class DPDDPStrategy(PrivateTraining, pl.strategies.DDPStrategy):
     """:class:`DPStrategy` in several processes, one device each; started as Lightning's ``DDPStrategy`` is.
 
     Takes the arguments of :class:`DPStrategy`, and ``process_group_backend``, ``timeout`` and the like as Lightning's
-    ``DDPStrategy`` does; processes are started by the script itself or by torchrun, not forked. The loader's ``batch_size`` is the expected lot of all processes together.
+    ``DDPStrategy`` does; processes are started by the script itself or by torchrun, not forked. The loader's ``batch_size`` is
+    the expected lot of all processes together.
 
     Privacy:
         As one device. Each process holds the records ``rank::world``, none twice, and draws its own masks; it clips and sums
@@ -126,8 +127,8 @@ class DPDDPStrategy(PrivateTraining, pl.strategies.DDPStrategy):
     ) -> None:
         if ddp.get("start_method", "popen") != "popen":
             raise ValueError(
-                f"start_method={ddp['start_method']!r}: the process that calls fit would never see the ledger of those that train, and report "
-                "epsilon 0. Leave it out, or use torchrun."
+                f"start_method={ddp['start_method']!r}: the process that calls fit would never see the ledger of those that "
+                "train, and report epsilon 0. Leave it out, or use torchrun."
             )
         super().__init__(**ddp)
         self._set_private_arguments(

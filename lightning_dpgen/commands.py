@@ -110,7 +110,7 @@ def evaluate(
 
     Args:
         release: The release folder.
-        data: Which real test records.
+        data: Which real test records: MNIST, FashionMNIST or digits. For your own images use the callback TSTREvaluation.
         root: Their folder.
         protocol: quick, common or published.
         seeds: Trainings of each classifier.

@@ -41,8 +41,8 @@ def own_images(root: Path) -> None:
                 Image.fromarray(pixels).save(folder / f"{number}.png")
 
 
-@pytest.mark.parametrize("config", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_example_config_runs_and_makes_a_release(config, place, idx_root):
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("psg_*.yaml")), ids=lambda path: path.stem)
+def test_every_generator_config_runs_and_makes_a_release(config, place, idx_root):
     settings = yaml.safe_load(config.read_text())
     arguments = ["fit", "--config", str(config), *SMALL]
     evaluation = next(i for i, c in enumerate(settings["trainer"]["callbacks"]) if c["class_path"] == "TSTREvaluation")
@@ -63,6 +63,14 @@ def test_every_example_config_runs_and_makes_a_release(config, place, idx_root):
     assert load_release(release).epsilon <= 10
     assert main(["verify", str(release)]) == 0
     assert not [path for path in place.rglob("*") if ":" in path.name]
+
+
+def test_the_classifier_config_trains_and_is_tested(place, idx_root, capsys):
+    config = ["--config", str(CONFIGS / "dpsgd_mnist.yaml"), f"--data.root={idx_root}", "--trainer.enable_progress_bar=false"]
+    assert main(["fit", *config, "--data.batch_size=50", "--trainer.max_epochs=2"]) == 0
+    assert "epsilon = 2.9" in capsys.readouterr().out
+    assert main(["test", *config, "--ckpt_path=runs/dpsgd_mnist/last.ckpt"]) == 0
+    assert "test/accuracy" in capsys.readouterr().out
 
 
 def digits(place: Path, *more: str) -> list[str]:

@@ -135,7 +135,9 @@ class PrivateDataModule(pl.LightningDataModule):
         """
         self.setup()
         if self.test_records is None:
-            raise ValueError(f"{self.name} has no test records to evaluate on; give it a test path.")
+            raise ValueError(
+                f"{self.name} has no test records to evaluate on; give it a test path, or remove TSTREvaluation from the callbacks."
+            )
         return self.test_records.tensors()
 
 

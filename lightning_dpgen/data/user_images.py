@@ -55,15 +55,18 @@ class ImagesDataModule(PrivateDataModule):
 
     def load(self) -> tuple[ImageRecords, ImageRecords | None]:
         """Reads all images into memory."""
-        test = None if self.test_path is None else self._read(Path(self.test_path))
-        return self._read(Path(self.path)), test
+        train = self._read(Path(self.path), "path")
+        return train, None if self.test_path is None else self._read(Path(self.test_path), "test_path")
 
-    def _read(self, path: Path) -> ImageRecords:
+    def _read(self, path: Path, argument: str) -> ImageRecords:
         if path.is_dir():
             return read_folder(path, self.class_names, self.image_shape)
         if path.suffix == ".npz" and path.exists():
             return read_npz(path, self.class_names, self.image_shape)
-        raise fail("path", str(path), "a folder with one folder for each class, or an .npz file, that exists")
+        advice = (
+            "" if argument == "path" else "Without test images leave test_path out (null) and remove TSTREvaluation from the callbacks."
+        )
+        raise fail(argument, str(path), "a folder with one folder for each class, or an .npz file, that exists", advice)
 
 
 def _class_names(classes: list[str] | str) -> tuple[str, ...]:

@@ -216,18 +216,29 @@ class PrivacyAccount:
                 f"The ledger file of an earlier part of this run was lost. All {sum(self._lost.values())} releases that it had planned "
                 "beyond its checkpoint are counted as made, so the claim may be above the budget."
             )
+        if previous is None and argument is None:
+            others = sorted(file.name for file in folder.glob("*.jsonl"))
+            if others:
+                log.warning(
+                    "%s holds %d earlier ledgers (%s). This run starts a new one: its certificate will not count theirs. If they are of "
+                    "the same records, every run costs again; DPStrategy(ledger='%s') counts runs together.",
+                    folder,
+                    len(others),
+                    ", ".join(others[-3:]),
+                    folder / others[-1],
+                )
         ledger = PrivacyLedger(path, run)
         if previous is not None and ledger.run_id != run:
             raise ValueError(f"the checkpoint belongs to ledger {run}; {path} is ledger {ledger.run_id}. Give the path of ledger {run}.")
         return ledger
 
     def _check_same(self, previous: dict[str, Any], plan: PrivacyPlan) -> None:
-        for name, value in self._claims(plan).items():
-            if previous[name] != value:
-                raise ValueError(
-                    f"the checkpoint is of another plan: its {name} is {previous[name]}, this run's is {value}. Use the same epsilon, "
-                    "delta, clip norm, batch size and steps, or start without ckpt_path."
-                )
+        found = [line for name, value in self._claims(plan).items() for line in _differences(name, previous[name], value)]
+        if found:
+            raise ValueError(
+                f"the checkpoint is of another plan: {'; '.join(found)}. Use the same epsilon, delta, clip norm, batch size and steps "
+                "(max_epochs, max_steps): the noise was calibrated for them. Or start without ckpt_path."
+            )
 
     def _claims(self, plan: PrivacyPlan) -> dict[str, Any]:
         shape = plan.to_dict()
@@ -263,6 +274,15 @@ class PrivacyAccount:
 
 def _listed(counts: Counts) -> list[Any]:
     return [[event.to_dict(), count] for event, count in counts.items() if count]
+
+
+def _differences(name: str, old: Any, new: Any) -> list[str]:
+    """What two nested plain values differ in, in words."""
+    if isinstance(old, dict) and isinstance(new, dict) and old.keys() == new.keys():
+        return [line for key in old for line in _differences(f"{name} {key}", old[key], new[key])]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [line for before, after in zip(old, new, strict=True) for line in _differences(name, before, after)]
+    return [] if old == new else [f"{name} was {old} and is {new} here"]
 
 
 def _counts(listed: list[Any]) -> Counts:

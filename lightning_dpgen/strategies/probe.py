@@ -55,6 +55,7 @@ class Probe:
         self._rows: dict[str, Tensor] | None = None
         self._public: list[Tensor] = []
         self._count = 0
+        self._has_loss = False
 
     def run(self) -> None:
         """Compares rows over exchanges of the other records.
@@ -73,6 +74,11 @@ class Probe:
                 check_row_independence(self._rows_of, records, others, self.tolerance)
             if not self.module.automatic_optimization:
                 self._check_public(records, others)
+            elif not self._has_loss:
+                raise RuntimeError(
+                    f"{type(self.module).__name__}.training_step returned no loss on any of {1 + len(others)} lots: every step would "
+                    "spend budget on noise alone. Return the loss (or {'loss': loss})."
+                )
             self.engine.clear()
 
     def saw(self, is_private: bool, optimizer: Any) -> None:
@@ -103,12 +109,14 @@ class Probe:
         arguments = (batch, 0)[: _arguments(self.module)]
         if isinstance(self.engine, FunctionalEngine):
             rows, _, _ = self.engine.rows_of(self.step, *arguments)
+            self._has_loss = True
             return {name: value.detach() for name, value in rows.items()}
         output = self.step(*arguments)
         if self.module.automatic_optimization:
             loss = output.get("loss") if isinstance(output, dict) else output
             if loss is None:
                 return {name: value.new_zeros((self._count, *value.shape)) for name, value in self.engine.parameters.items()}
+            self._has_loss = True
             loss.backward()
             return self._of_engine()
         if self._rows is None:

@@ -149,3 +149,11 @@ def test_the_claim_is_the_union_of_what_was_promised_and_what_was_released():
     assert value(0, 20, 5) == value(5, 15, 20) == (value(0, 20, 20)[0], "plan")
     assert value(0, 20, 23)[1] == "ledger"
     assert value(0, 20, 23)[0] > value(0, 20, 20)[0]
+
+
+def test_a_second_run_in_the_same_folder_hears_of_the_first(tmp_path, digit_records, caplog):
+    first = fit(tmp_path, Mlp(), digit_records, 16, noise_multiplier=1.0)
+    assert "earlier ledger" not in caplog.text
+    fit(tmp_path, Mlp(), digit_records, 16, noise_multiplier=1.0)
+    assert "every run costs again" in caplog.text
+    assert str(first.strategy.ledger.path) in caplog.text

@@ -82,10 +82,20 @@ def test_empty_lots_step_on_noise(tmp_path, digits, workers):
     assert all(bool((a != b).any()) and bool(b.isfinite().all()) for a, b in zip(watch.weights, watch.weights[1:], strict=False))
 
 
+def test_a_step_that_never_returns_a_loss_is_refused(tmp_path, digit_records):
+    class Forgets(Mlp):
+        def training_step(self, batch, batch_idx):
+            super().training_step(batch, batch_idx)
+
+    with pytest.raises(RuntimeError, match="Return the loss"):
+        fit(tmp_path, Forgets(), digit_records, 8, noise_multiplier=1.0)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
 def test_a_step_that_returns_nothing_is_released_as_noise(tmp_path, digit_records):
     class Skips(Mlp):
         def training_step(self, batch, batch_idx):
-            return None
+            return super().training_step(batch, batch_idx) if self.trainer.strategy._probe else None
 
     module = Skips()
     start = flat(module)
@@ -196,8 +206,10 @@ def test_a_crashed_run_with_a_budget_ends_early(tmp_path, digit_records):
     for other, message in (({"epsilon": 4.0}, "3.0.*4.0"), ({"epsilon": 3.0, "clip_norm": 2.0}, "clip_norm")):
         with pytest.raises(ValueError, match=message):
             trainer(tmp_path, DPStrategy(**other), **options).fit(Mlp(), DataLoader(digit_records, batch_size=16), **resume)
-    with pytest.raises(ValueError, match="another plan"):
+    with pytest.raises(ValueError, match="another plan: plan sampling expected_batch_size was 16 and is 8 here"):
         trainer(tmp_path, DPStrategy(epsilon=3.0), **options).fit(Mlp(), DataLoader(digit_records, batch_size=8), **resume)
+    with pytest.raises(ValueError, match="releases count was 10 and is 20 here"):
+        trainer(tmp_path, DPStrategy(epsilon=3.0), max_steps=20).fit(Mlp(), DataLoader(digit_records, batch_size=16), **resume)
     next((tmp_path / "privacy").glob("*.jsonl")).unlink()
     with pytest.raises(ValueError, match='ledger .* is missing.*"?new'):
         trainer(tmp_path, DPStrategy(epsilon=3.0), **options).fit(Mlp(), DataLoader(digit_records, batch_size=16), **resume)

@@ -35,6 +35,13 @@ def test_labels_follow_the_declared_order_not_the_alphabet(folder, tmp_path):
     assert data.class_names[1] == "10"
 
 
+def test_a_missing_place_is_named_with_its_argument(folder):
+    with pytest.raises(ValueError, match="^path='nowhere'"):
+        read("nowhere", test_path="neither")
+    with pytest.raises(ValueError, match="^test_path='neither'.*remove TSTREvaluation"):
+        read(folder, test_path="neither")
+
+
 def test_undeclared_and_missing_folders_are_named(folder):
     with pytest.raises(ValueError, match=r"Missing: cat\. Not declared: 0"):
         read(folder, [*CLASSES[1:], "cat"])

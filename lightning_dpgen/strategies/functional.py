@@ -88,9 +88,8 @@ class FunctionalEngine(PerRecordEngine):
         except Exception as error:
             raise RuntimeError(
                 f"{type(module).__name__}.training_step cannot be vectorised over records ({type(error).__name__}: {error}). "
-                "Usual causes: a "
-                "torchmetrics object, .item(), a branch on a tensor's value, recurrent layers, return None. Use grad_sample='hooks', or "
-                "physical_batch_size=1."
+                "Usual causes: a torchmetrics object, .item(), a branch on a tensor's value, recurrent layers, gradient "
+                "checkpointing, return None. Use grad_sample='hooks', or physical_batch_size=1."
             ) from error
         return rows, losses, {name: (value.mean(), arguments[name]) for name, value in logged.items()}
 

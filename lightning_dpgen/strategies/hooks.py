@@ -40,6 +40,8 @@ class RecordHooks(GradSampleHooks):
 
     def _after_forward(self, layer: nn.Module, inputs: Any, output: Any) -> None:
         before = len(vars(layer).get("activations", ()))
+        if before and torch._C._current_graph_task_id() != -1:
+            return  # gradient checkpointing runs the layer again within the backward pass that the first run waits for
         with layer_named(layer):
             self.capture_activations_hook(layer, inputs, output)
         captured = vars(layer).get("activations", ())
@@ -55,9 +57,8 @@ class RecordHooks(GradSampleHooks):
         place = next((i for i, one in enumerate(waiting) if one is activations), None)
         if place is None:
             raise RuntimeError(
-                f"a backward pass went through {type(layer).__name__} twice, or through a forward pass of an earlier lot. Run "
-                "each forward pass "
-                "anew and backpropagate it once."
+                f"a backward pass went through {type(layer).__name__} twice, or through a forward pass of an earlier lot. Run each "
+                "forward pass anew and backpropagate it once."
             )
         waiting.append(waiting.pop(place))
         with layer_named(layer):

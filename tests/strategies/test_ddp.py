@@ -18,12 +18,12 @@ from lightning_dpgen import DPDDPStrategy
 HERE = Path(__file__).parent
 
 
-def ddp(folder, **options):
-    """Runs two (or ``world``) gloo processes; returns what each of them kept."""
+def ddp(folder, launcher=(), **options):
+    """Runs two (or ``world``) gloo processes, started by Lightning or by a launcher; returns what each of them kept."""
     folder.mkdir(exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, str(HERE / "ddp_run.py"), str(folder), json.dumps(options)],
+        [sys.executable, *launcher, str(HERE / "ddp_run.py"), str(folder), json.dumps(options)],
         capture_output=True,
         text=True,
         timeout=120,
@@ -75,6 +75,15 @@ def test_noise_is_added_once_and_lots_are_disjoint_and_fair(tmp_path):
     files = [one["file"] for one in found]
     assert files[1] is None
     assert len(Path(files[0]).read_text().splitlines()) == 61  # a header, and each release once
+
+
+@pytest.mark.slow
+def test_torchrun_starts_it_too(tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    found = ddp(tmp_path, launcher, records=64, batch_size=8, steps=5, strategy={"epsilon": 3.0})
+    assert [one["releases"] for one in found] == [5, 5]
+    assert torch.equal(found[0]["moved"], found[1]["moved"])
+    assert {i % 2 for lot in found[1]["lots"] for i in lot} == {1}
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from helpers import Mlp, Module, fit, flat, oracle
 from opacus.layers import DPLSTM
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
 ENGINES = [
@@ -324,3 +325,24 @@ def test_functional_takes_layers_in_any_mode(tmp_path, digit_records):
     start, expected = flat(module), oracle(Mlp_without_log(), digit_records, 0.05)
     fit(tmp_path, module, digit_records, 64, clip_norm=0.05, grad_sample="functional")
     torch.testing.assert_close((start - flat(module)) * 64, expected, atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("options", [o for o in ENGINES if o.get("grad_sample") != "functional"], ids=named)
+def test_gradient_checkpointing_is_the_loop_over_records(tmp_path, options, reentrant):
+    class Recomputes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = convolutional().net
+
+        def forward(self, x):
+            return checkpoint(self.net[1:], self.net[0](x), use_reentrant=reentrant)
+
+    found = released(tmp_path, Module(Recomputes()), images(), 0.05, **options)
+    torch.testing.assert_close(found, oracle(convolutional(), images(), 0.05), atol=1e-5, rtol=1e-3)
+
+
+def test_gradient_checkpointing_under_vmap_is_refused_with_the_way_out(tmp_path):
+    module = Module(convolutional().net, lambda net, batch: F.cross_entropy(checkpoint(net, batch[0], use_reentrant=False), batch[1]))
+    with pytest.raises(RuntimeError, match=r"gradient checkpointing.*grad_sample='hooks'"):
+        fit(tmp_path, module, images(), 7, grad_sample="functional")

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
-
 from lightning_dpgen._compat import pl
 from lightning_dpgen._validate import positive_int
-from lightning_dpgen.privacy.plan import Relation
 from lightning_dpgen.strategies.private import PrivateTraining
 
 
 class PrivacyMonitor(pl.Callback):
-    """Logs ε so far as ``privacy/epsilon``: progress bar, logger and ``trainer.callback_metrics``; prints it at the end.
+    """Logs ε so far as ``privacy/epsilon``: progress bar, logger and ``trainer.callback_metrics``.
 
     Args:
         every_n_steps: How often to compute it; the Trainer's ``log_every_n_steps`` if not given. Composing the losses takes
@@ -47,17 +44,7 @@ class PrivacyMonitor(pl.Callback):
             pl_module.log("privacy/epsilon", strategy.epsilon_spent(), prog_bar=True, on_step=True, batch_size=1)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Logs and prints what the run spent."""
+        """Logs what the run spent."""
         strategy: Any = trainer.strategy
-        spent = strategy.epsilon_spent()
         for logger in trainer.loggers:
-            logger.log_metrics({"privacy/epsilon": spent}, step=trainer.global_step)
-        if trainer.global_rank:
-            return
-        Console().print(
-            f"Privacy spent: epsilon = {spent:.3f} at delta = {strategy.delta:g} (zero-out; replace-one "
-            f"{strategy.epsilon_spent(Relation.REPLACE_ONE):.3f}), {len(strategy.ledger)} releases, noise multiplier "
-            f"{strategy.noise_multiplier:g}. Ledger: {strategy.ledger.path}",
-            highlight=False,
-            soft_wrap=True,
-        )
+            logger.log_metrics({"privacy/epsilon": strategy.epsilon_spent()}, step=trainer.global_step)

@@ -68,7 +68,7 @@ def test_every_generator_config_runs_and_makes_a_release(config, place, idx_root
 def test_the_classifier_config_trains_and_is_tested(place, idx_root, capsys):
     config = ["--config", str(CONFIGS / "dpsgd_mnist.yaml"), f"--data.root={idx_root}", "--trainer.enable_progress_bar=false"]
     assert main(["fit", *config, "--data.batch_size=50", "--trainer.max_epochs=2"]) == 0
-    assert "epsilon = 2.9" in capsys.readouterr().out
+    assert len(list(place.glob("runs/dpsgd_mnist/privacy/*.jsonl"))) == 1
     assert main(["test", *config, "--ckpt_path=runs/dpsgd_mnist/last.ckpt"]) == 0
     assert "test/accuracy" in capsys.readouterr().out
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_dpgen._compat import pl
+from lightning_dpgen._compat import pl, submodule
 from lightning_dpgen._validate import non_negative, one_of, positive, positive_int
 from lightning_dpgen.privacy.budget import PrivacyBudget
 from lightning_dpgen.privacy.clipping import ClippedSum
@@ -280,7 +280,7 @@ class PrivateTraining(pl.strategies.Strategy):
         return output
 
     def on_train_end(self) -> None:
-        """Puts the spent ε into ``trainer.callback_metrics``."""
+        """Puts the spent ε into ``trainer.callback_metrics`` and says it."""
         super().on_train_end()
         if self._engine is not None:
             self._engine.check_buffers()
@@ -291,6 +291,7 @@ class PrivateTraining(pl.strategies.Strategy):
                 "skipped may tell of records. Let every lot through; limit_train_batches shortens an epoch."
             )
         self._module.trainer.callback_metrics["privacy/epsilon"] = torch.tensor(self.epsilon_spent())
+        submodule("utilities").rank_zero_info(self.report())
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Adds plan, noise and spent releases to the checkpoint, which is private: it may hold optimizer and loop state."""
@@ -376,7 +377,7 @@ class PrivateTraining(pl.strategies.Strategy):
         self._check_history(module)
         self._prepared = True
         self._note_monitors(trainer)
-        log.info(self.summary())
+        submodule("utilities").rank_zero_info(self.summary())
 
     def _check_history(self, module: pl.LightningModule) -> None:
         """One module's weights may rest on one ledger only, or its certificate would leave the others out."""
@@ -408,6 +409,13 @@ class PrivateTraining(pl.strategies.Strategy):
         return (
             f"DPStrategy: {sampling.records} records, {type(sampling).__name__}{rate}; {counts}; noise multiplier "
             f"{mechanism.noise_multiplier:g}; epsilon {claim:.3f} at delta {self.delta:g}. Ledger: {mechanism.ledger.path}"
+        )
+
+    def report(self) -> str:
+        """What has been spent, in one line."""
+        return (
+            f"Privacy spent: epsilon = {self.epsilon_spent():.3f} at delta = {self.delta:g} (zero-out), {len(self.ledger)} releases, noise "
+            f"multiplier {self.noise_multiplier:g}. Ledger: {self.ledger.path}"
         )
 
     # DP-SGD ----------------------------------------------------------------------------------------------------------

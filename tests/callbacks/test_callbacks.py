@@ -29,7 +29,8 @@ def logged(folder) -> list[dict[str, str]]:
     return list(csv.DictReader(open(next(folder.glob("logs/*/metrics.csv")))))
 
 
-def test_everything_is_logged_written_and_drawn(tmp_path, capsys):
+def test_everything_is_logged_written_and_drawn(tmp_path, capsys, caplog):
+    caplog.set_level("INFO", "pytorch_lightning.utilities.rank_zero")
     evaluation = TSTREvaluation(every_n_steps=2, seeds=[0], classifiers=["LogReg"])
     callbacks = [
         PrivacyMonitor(every_n_steps=2),
@@ -48,9 +49,16 @@ def test_everything_is_logged_written_and_drawn(tmp_path, capsys):
     assert [p.name for p in sorted((tmp_path / "samples").iterdir())] == ["step-000002.png", "step-000004.png"]
     verify_release(tmp_path / "out")
     printed = capsys.readouterr().out
-    assert "epsilon = " in printed
+    assert f"Privacy spent: epsilon = {trainer.strategy.epsilon_spent():.3f}" in caplog.text
+    assert "collapsed" not in caplog.text
     assert "LogReg" in printed
     assert "Release written" in printed
+
+
+def test_a_generator_that_makes_one_image_is_named(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(PrivateSetGeneration, "sample", lambda self, labels, generator=None: torch.full((len(labels), 1, 8, 8), 0.5))
+    run(tmp_path, [SampleGrid()])
+    assert "collapsed to one image" in caplog.text
 
 
 def test_looking_changes_nothing(tmp_path, monkeypatch):

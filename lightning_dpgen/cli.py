@@ -67,6 +67,11 @@ def _lightning(command: str, arguments: list[str] | None) -> None:
         def subcommands() -> dict[str, set[str]]:
             return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}, "test": {"model", "dataloaders", "datamodule"}}
 
+        def _parse_ckpt_path(self) -> None:
+            """Lightning puts a checkpoint's arguments in place of those given; for ``fit`` a difference must be seen and refused."""
+            if command != "fit":
+                super()._parse_ckpt_path()
+
     for module in ("callbacks", "classifier", "generators", "data"):
         importlib.import_module(f"lightning_dpgen.{module}")  # so that short class names work
     FitCLI(

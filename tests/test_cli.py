@@ -143,8 +143,13 @@ def test_mistakes_are_named(place, capsys):
 def test_resume_with_another_budget_is_refused_with_both_values(place, capsys):
     assert main(digits(place)) == 0
     checkpoint = next(place.rglob("*.ckpt"))
-    capsys.readouterr()
-    assert main(digits(place, f"--ckpt_path={checkpoint}", "--trainer.strategy.init_args.epsilon=3")) == 1
-    message = capsys.readouterr().err
-    assert "10.0" in message
-    assert "3.0" in message
+    changes = {
+        "--trainer.strategy.init_args.epsilon=3": "epsilon was 10.0 and is 3.0 here",
+        "--data.batch_size=100": "expected_batch_size was 1437 and is 100 here",
+        "--trainer.max_epochs=3": "count was 2 and is 3 here",
+        '--model.schedule_overrides={"width": 4, "image_steps": 1, "clip_norm": 0.7}': "clip_norm was",
+    }
+    for change, message in changes.items():
+        capsys.readouterr()
+        assert main(digits(place, f"--ckpt_path={checkpoint}", change)) == 1
+        assert message in capsys.readouterr().err

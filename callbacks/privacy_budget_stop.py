@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 
@@ -26,9 +26,10 @@ class PrivacyBudgetStop(pl.Callback):
     def __init__(self, epsilon: float, every_n_steps: int = 1) -> None:
         self.epsilon = positive("epsilon", epsilon)
         self.every_n_steps = positive_int("every_n_steps", every_n_steps)
+        self._steps = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuses a Trainer without a private strategy, and an ε that is never reached.
+        """Refuses a Trainer without a private strategy, and an ε at which it stops anyway.
 
         Raises:
             ValueError: Says which.
@@ -40,16 +41,30 @@ class PrivacyBudgetStop(pl.Callback):
             raise ValueError(f"PrivacyBudgetStop needs DPStrategy; the Trainer has {type(strategy).__name__}.")
         if strategy.budget is not None and self.epsilon >= strategy.budget.epsilon:
             raise ValueError(
-                f"PrivacyBudgetStop(epsilon={self.epsilon:g}) is not below the strategy's epsilon={strategy.budget.epsilon:g}, at "
-                "which training "
-                "stops anyway. Lower it, or remove the callback."
+                f"PrivacyBudgetStop(epsilon={self.epsilon:g}) is not below the strategy's epsilon={strategy.budget.epsilon:g}, at which "
+                "training stops anyway. Lower it, or remove the callback."
+            )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuses an ε that the first steps would pass.
+
+        Raises:
+            ValueError: With what they come to.
+        """
+        self._steps = 0
+        first = cast(PrivateTraining, trainer.strategy).account.epsilon_after(self.every_n_steps)
+        if first > self.epsilon:
+            raise ValueError(
+                f"PrivacyBudgetStop(epsilon={self.epsilon:g}, every_n_steps={self.every_n_steps}): the first {self.every_n_steps} steps "
+                f"come to epsilon={first:.3f} already. Raise it, look more often, or train with more noise."
             )
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Stops if as many further steps would pass ``epsilon``."""
-        if trainer.global_step % self.every_n_steps:
+        self._steps += 1
+        if self._steps % self.every_n_steps:
             return
-        strategy: Any = trainer.strategy
+        strategy = cast(PrivateTraining, trainer.strategy)
         if strategy.account.epsilon_after(self.every_n_steps) > self.epsilon:
             trainer.should_stop = True
             trainer.fit_loop.min_epochs = 0

@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser
 from lightning_dpgen import commands
 from lightning_dpgen._compat import pl, submodule
 from lightning_dpgen.privacy import BudgetExhausted, LedgerError, RowDependenceError
+from lightning_dpgen.strategies.private import PrivateTraining
 
 USAGE = """usage: dpgen COMMAND [arguments]
 
@@ -66,6 +67,14 @@ def _lightning(command: str, arguments: list[str] | None) -> None:
         @staticmethod
         def subcommands() -> dict[str, set[str]]:
             return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}, "test": {"model", "dataloaders", "datamodule"}}
+
+        def before_fit(self) -> None:
+            if not isinstance(self.trainer.strategy, PrivateTraining):
+                raise ValueError(
+                    f"the Trainer's strategy is {type(self.trainer.strategy).__name__}, which would train on the records without privacy. "
+                    "Add trainer.strategy: {class_path: lightning_dpgen.DPStrategy, init_args: {epsilon: …, delta: …}}, or "
+                    "--trainer.strategy dpsgd (epsilon 3)."
+                )
 
         def _parse_ckpt_path(self) -> None:
             """Lightning puts a checkpoint's arguments in place of those given; for ``fit`` a difference must be seen and refused."""

@@ -65,10 +65,11 @@ class DigitsDataModule(PrivateDataModule):
     Args:
         batch_size: Expected lot size.
         num_workers: Loader processes.
+        origin: Where ``batch_size`` comes from, for the certificate.
     """
 
-    def __init__(self, batch_size: int = 128, num_workers: int = 0) -> None:
-        super().__init__(10, (1, 8, 8), _DIGITS, batch_size, num_workers)
+    def __init__(self, batch_size: int = 128, num_workers: int = 0, origin: str = "set by the user") -> None:
+        super().__init__(10, (1, 8, 8), _DIGITS, batch_size, num_workers, origin)
 
     def load(self) -> tuple[ImageRecords, ImageRecords]:
         """Reads the scans; their 17 grey levels (0 to 16) become 0 to 255."""

@@ -29,6 +29,7 @@ class ImagesDataModule(PrivateDataModule):
         test_path: Real test images in the same form, for evaluation.
         batch_size: Expected lot size.
         num_workers: Loader processes.
+        origin: Where ``batch_size`` comes from, for the certificate.
 
     Privacy:
         Classes and shape are declared by the user and published; they are not read from the records.
@@ -45,11 +46,12 @@ class ImagesDataModule(PrivateDataModule):
         test_path: str | None = None,
         batch_size: int = 256,
         num_workers: int = 0,
+        origin: str = "set by the user",
     ) -> None:
         names = _class_names(classes)
         if len(image_shape) != 3 or image_shape[0] not in _MODES or min(image_shape) < 1:
             raise fail("image_shape", image_shape, "(channels, height, width) with 1 or 3 channels")
-        super().__init__(len(names), (image_shape[0], image_shape[1], image_shape[2]), names, batch_size, num_workers)
+        super().__init__(len(names), (image_shape[0], image_shape[1], image_shape[2]), names, batch_size, num_workers, origin)
         self.path = path
         self.test_path = test_path
 

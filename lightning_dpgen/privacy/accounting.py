@@ -10,8 +10,9 @@ import functools
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from dp_accounting import NeighboringRelation
 from dp_accounting.pld import privacy_loss_distribution as pld
@@ -143,12 +144,13 @@ def _halved(pair: DominatingPair) -> DominatingPair:
     return DominatingPair(NeighboringRelation.REPLACE_SPECIAL, pair.sampling_probability, pair.noise_multiplier / 2)
 
 
-def calibrate_noise_multiplier(plan: PrivacyPlan, budget: PrivacyBudget) -> float:
+def calibrate_noise_multiplier(plan: PrivacyPlan, budget: PrivacyBudget, spent: Mapping[ReleaseEvent, int] = MappingProxyType({})) -> float:
     """The smallest noise multiplier, to within half a percent of ε, with which ``plan`` stays inside ``budget``.
 
     Args:
         plan: What will be released.
         budget: The (ε, δ) not to pass, zero-out.
+        spent: What the same records have paid for already, with counts.
 
     Returns:
         Noise standard deviation ÷ clip norm, rounded up to six digits.
@@ -161,8 +163,18 @@ def calibrate_noise_multiplier(plan: PrivacyPlan, budget: PrivacyBudget) -> floa
         ValueError: If no noise below 10⁶ clip norms meets the budget.
     """
 
+    def events(z: float) -> list[tuple[ReleaseEvent, int]]:
+        return [*plan.events(z), *spent.items()]
+
+    def checked(z: float) -> float:
+        """Rounded up, and raised further until the claim itself is inside the budget."""
+        rounded = _rounded_up(z)
+        while epsilon(events(rounded), budget.delta).value > budget.epsilon:
+            rounded = _rounded_up(1.005 * rounded)
+        return rounded
+
     def pairs(z: float) -> _PairCounts:
-        return tuple((event.pair(Relation.ZERO_OUT), count) for event, count in plan.events(z))
+        return tuple((event.pair(Relation.ZERO_OUT), count) for event, count in events(z))
 
     def by_rdp(z: float) -> float:
         return _rdp_epsilon(pairs(z), budget.delta)
@@ -181,15 +193,15 @@ def calibrate_noise_multiplier(plan: PrivacyPlan, budget: PrivacyBudget) -> floa
         high *= 2
         if high > 1e6:
             raise ValueError(
-                f"no noise meets epsilon={budget.epsilon:g} at delta={budget.delta:g} for {plan.releases}: use fewer "
-                "releases or a larger budget."
+                f"no noise meets epsilon={budget.epsilon:g} at delta={budget.delta:g} for {plan.releases}"
+                f"{' beside what is spent' if spent else ''}: use fewer releases or a larger budget."
             )
     low = high
     while by_rdp(low) <= budget.epsilon and low > 1e-4:
         low /= 2
     low, high = narrowed(low, high, 1.01)
-    if epsilon(plan.events(high), budget.delta).accountant == "RDP":
-        return _checked(plan, budget, narrowed(low, high, 1.0005)[1])
+    if epsilon(events(high), budget.delta).accountant == "RDP":
+        return checked(narrowed(low, high, 1.0005)[1])
 
     # RDP is never below PLD, so `high` is inside the budget. Tighten by PLD, false position in log-log coordinates.
     inside, inside_epsilon = high, searched(high)
@@ -207,15 +219,7 @@ def calibrate_noise_multiplier(plan: PrivacyPlan, budget: PrivacyBudget) -> floa
             inside, inside_epsilon = guess, guess_epsilon
         else:
             outside, outside_epsilon = guess, guess_epsilon
-    return _checked(plan, budget, inside)
-
-
-def _checked(plan: PrivacyPlan, budget: PrivacyBudget, noise_multiplier: float) -> float:
-    """``noise_multiplier`` rounded up, and raised further until the claim itself is inside the budget."""
-    rounded = _rounded_up(noise_multiplier)
-    while epsilon(plan.events(rounded), budget.delta).value > budget.epsilon:
-        rounded = _rounded_up(1.005 * rounded)
-    return rounded
+    return checked(inside)
 
 
 def _rounded_up(value: float) -> float:

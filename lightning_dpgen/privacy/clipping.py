@@ -15,6 +15,12 @@ from torch.func import grad, vmap
 from lightning_dpgen._validate import fail, positive, positive_int
 
 Gradients = dict[str, Tensor]
+GROUP = 8
+"""Rows that are added up in float32; their sums are added up in float64."""
+PIECE = 1024
+"""Columns whose squares are added up at once."""
+ROUNDING = 1 + 2.0**-16
+"""A bound on how far one record moves a sum, of C, rounding included (norms to 4e-6, sums of 8 rows to 7e-6 of C)."""
 _KEY = object()
 
 
@@ -22,12 +28,13 @@ class ClippedSum:
     """A sum of rows, each clipped to the same norm; built and added up only by this module.
 
     Args:
-        tensors: The sum by name, each of its parameter's shape, float32 or better.
+        tensors: The sum by name, each of its parameter's shape, float64.
         clip_norm: The bound C on the norm of each row, taken over all its tensors together.
 
     Privacy:
         **Private**: it leaves only through ``mechanism.release``. Removing a record's row moves the sum by at most C
-        (zero-out), replacing it by at most 2C. How many rows there are is not kept, since it is private.
+        (zero-out), replacing it by at most 2C, times ``ROUNDING``: float32 reaches over a few rows only, since in a long
+        float32 sum one record can decide whether many small rows are rounded away. How many rows there are is not kept.
     """
 
     __slots__ = ("_clip_norm", "_tensors")
@@ -56,7 +63,7 @@ class ClippedSum:
 
 
 def row_norms(rows: Mapping[str, Tensor]) -> Tensor:
-    """The norm of every row over all its tensors, in float32 or better.
+    """The norm of every row over all its tensors, to 4e-6 of it.
 
     Args:
         rows: Tensors ``[B, …]`` by name.
@@ -68,9 +75,8 @@ def row_norms(rows: Mapping[str, Tensor]) -> Tensor:
         Private, one number a record.
     """
     with torch.autocast(next(iter(rows.values())).device.type, enabled=False):
-        norms = [torch.linalg.vector_norm(as_matrix(value).to(_wide(value)), dim=1) for value in rows.values()]
-        total: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
-        return total
+        norms = [_norms(as_matrix(value).to(_wide(value))) for value in rows.values()]
+        return torch.stack(norms).double().square().sum(0).sqrt()
 
 
 def clipped_sum(rows: Mapping[str, Tensor], clip_norm: float) -> ClippedSum:
@@ -94,16 +100,26 @@ def clipped_sum(rows: Mapping[str, Tensor], clip_norm: float) -> ClippedSum:
     norms = row_norms(rows)
 
     def weighted(factors: Tensor) -> Gradients:
-        total = {}
-        for name, value in rows.items():
-            flat = as_matrix(value).to(_wide(value))
-            if not norms.isfinite().all():
-                flat = torch.where(norms.isfinite()[:, None], flat, 0.0)
-            # A vector times a matrix is BLAS's gemv, which the reduced precisions of matrix products do not reach.
-            total[name] = (factors.to(flat.dtype) @ flat).view(value.shape[1:])
-        return total
+        return {name: weighted_rows(value, factors) for name, value in rows.items()}
 
     return ghost_clipped_sum(norms, weighted, clip_norm)
+
+
+def weighted_rows(rows: Tensor, factors: Tensor) -> Tensor:
+    """The sum of ``factors[i]`` times row ``i``, in float64; rows of factor 0 do not enter, even if they hold NaN.
+
+    Args:
+        rows: ``[B, …]``.
+        factors: ``[B]``.
+    """
+    flat = as_matrix(rows).to(_wide(rows))
+    if not flat.isfinite().all():
+        flat = torch.where(factors[:, None] > 0, flat, 0.0)
+    total = flat.new_zeros(flat.shape[1], dtype=torch.float64)
+    for part, weights in zip(flat.split(GROUP), factors.to(flat.dtype).split(GROUP), strict=True):
+        # A vector times a matrix is BLAS's gemv, which the reduced precisions of matrix products do not reach.
+        total += weights @ part
+    return total.view(rows.shape[1:])
 
 
 def ghost_clipped_sum(norms: Tensor, weighted: Callable[[Tensor], Gradients], clip_norm: float) -> ClippedSum:
@@ -131,7 +147,7 @@ def zero_sum(like: Mapping[str, Tensor], clip_norm: float) -> ClippedSum:
         like: Tensors of the sum's shapes, for example the parameters.
         clip_norm: C.
     """
-    zeros = {name: torch.zeros_like(value, dtype=_wide(value)) for name, value in like.items()}
+    zeros = {name: torch.zeros_like(value, dtype=torch.float64) for name, value in like.items()}
     return ClippedSum(zeros, clip_norm, _key=_KEY)
 
 
@@ -198,6 +214,14 @@ def clipped_gradient_sum(
 def as_matrix(rows: Tensor) -> Tensor:
     """Rows ``[B, …]`` as ``[B, D]``; those of a scalar have D = 1."""
     return rows.flatten(1) if rows.dim() > 1 else rows[:, None]
+
+
+def _norms(flat: Tensor) -> Tensor:
+    """Norms ``[B]`` of ``[B, D]``, piece by piece: in a long float32 sum, squares that are small beside it are rounded away."""
+    pieces = [torch.linalg.vector_norm(flat[:, -(flat.shape[1] % PIECE) :], dim=1)[:, None]] if flat.shape[1] % PIECE else []
+    whole = flat[:, : flat.shape[1] // PIECE * PIECE]
+    pieces.append(torch.linalg.vector_norm(whole.unflatten(1, (-1, PIECE)), dim=2) if whole.shape[1] else flat.new_zeros((len(flat), 0)))
+    return torch.cat(pieces, 1).double().square().sum(1).sqrt()
 
 
 def _wide(value: Tensor) -> torch.dtype:

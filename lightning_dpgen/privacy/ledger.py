@@ -60,6 +60,7 @@ class PrivacyLedger:
         self.run_id = run_id or uuid.uuid4().hex[:12]
         self.torn_lines = 0
         self._counts: Counter[ReleaseEvent] = Counter()
+        self._promised: Counter[ReleaseEvent] = Counter()
         self._chain = ""
         self._size = 0
         self._has_header = False
@@ -72,6 +73,11 @@ class PrivacyLedger:
     def counts(self) -> dict[ReleaseEvent, int]:
         """How often each release event happened, crashes counted as releases."""
         return dict(self._counts)
+
+    @property
+    def promised(self) -> dict[ReleaseEvent, int]:
+        """What the runs under this ledger had planned in all, whether they made it or not."""
+        return dict(self._promised)
 
     def __len__(self) -> int:
         """Number of releases."""
@@ -105,6 +111,17 @@ class PrivacyLedger:
             body["note"] = note
         self._append(body)
         self._counts[event] += count
+
+    def promise(self, counts: dict[ReleaseEvent, int]) -> None:
+        """Records what a run plans, earlier releases included. Its claim is the plan's, also if it ends early.
+
+        Raises:
+            LedgerError: If the file changed since this process last wrote it.
+        """
+        more = Counter(counts) | self._promised
+        if more != self._promised:
+            self._append({"type": "plan", "total": [[event.to_dict(), count] for event, count in more.items()]})
+            self._promised = more
 
     def merge(self, counts: dict[ReleaseEvent, int]) -> int:
         """Raises each event's count to at least that of ``counts``: what a checkpoint knows and the file does not.
@@ -177,6 +194,8 @@ class PrivacyLedger:
             elif body["type"] == "release":
                 last = ReleaseEvent.from_dict(body["event"])
                 self._counts[last] += int(body["count"])
+            elif body["type"] == "plan":
+                self._promised |= Counter({ReleaseEvent.from_dict(event): int(count) for event, count in body["total"]})
 
     def _damaged(self, number: int, what: str) -> LedgerError:
         return LedgerError(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from lightning_dpgen._validate import non_negative
-from lightning_dpgen.privacy.clipping import ClippedSum, clipped_sum, tensors_of
+from lightning_dpgen.privacy.clipping import ROUNDING, ClippedSum, clipped_sum, tensors_of
 from lightning_dpgen.privacy.ledger import PrivacyLedger
 from lightning_dpgen.privacy.noise import SecretStream
 from lightning_dpgen.privacy.plan import PoissonSampling, PrivacyPlan
@@ -28,8 +29,9 @@ class GaussianMechanism:
         capped: Whether the plan's counts are a hard cap (they are when a budget was given).
 
     Privacy:
-        Relation, sensitivity and count are the plan's. What passes is the clipped sum plus N(0, (zC)²) on every number,
-        drawn and added in float64 and rounded once. In this order: check, ledger, noise, so that a crash over-counts.
+        Relation, sensitivity and count are the plan's. What passes is the clipped sum plus N(0, (zC)²) on every number (larger
+        by what rounding may add to C, 1.5e-5), drawn and added in float64 and rounded once. In this order: check, ledger,
+        noise, so that a crash over-counts.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class GaussianMechanism:
         self.capped = capped
         self._stream = stream
         self._released_lot: bool | None = None
+        self._lots, self._paid = 0, len(ledger)
         self._events = {release.name: plan.release_event(release.name, noise_multiplier) for release in plan.releases}
 
     def remaining(self, name: str) -> int:
@@ -53,12 +56,31 @@ class GaussianMechanism:
         return self.plan.release(name).count - self.ledger.counts.get(self._events[name], 0)
 
     def next_lot(self) -> None:
-        """Says that a lot was drawn. From the first call on, a Poisson lot can be released once.
+        """Says that a lot was drawn. From the first call on, every Poisson lot must be released, and once.
 
         Privacy:
-            Two releases of one lot are one release with less noise, not two independent samples of the records.
+            Two releases of one lot are one release with less noise, not two independent samples of the records. A lot that
+            is not released may be missing for what is in it, or may have been added to another.
+
+        Raises:
+            RuntimeError: If the Poisson lot before was not released.
         """
+        self.end_lot()
+        self._lots += 1
         self._released_lot = False
+
+    def end_lot(self) -> None:
+        """Says that no further lot follows.
+
+        Raises:
+            RuntimeError: If the last Poisson lot was not released.
+        """
+        made = len(self.ledger) - self._paid
+        if 0 < made < self._lots and isinstance(self.plan.sampling, PoissonSampling):
+            raise RuntimeError(
+                f"{self._lots} lots were drawn and {made} released. Every lot must release, also an empty one, since which lots do not "
+                "may tell of records: step the private optimizer (or call release) once for every lot."
+            )
 
     def release(self, name: str, contribution: ClippedSum | Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Releases one noisy sum.
@@ -68,7 +90,8 @@ class GaussianMechanism:
             contribution: A :class:`ClippedSum`, or the rows themselves (``[B, …]`` by name), which are clipped and summed.
 
         Returns:
-            The noisy sum by name. Public from here on; divide it by a constant, never by the lot's size.
+            The noisy sum by name, float32 (float64 where that is torch's default). Public from here on; divide it by a constant,
+            never by the lot's size.
 
         Privacy:
             The only way out for anything computed from records. Happens for every lot, also an empty one.
@@ -97,8 +120,9 @@ class GaussianMechanism:
         self.ledger.charge(event)
         self._released_lot = None if self._released_lot is None else True
         released = {}
+        dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
         for key, value in tensors_of(contribution).items():
-            noise = self._stream.normal(value.shape, event.noise_std, value.device)
+            noise = self._stream.normal(value.shape, ROUNDING * event.noise_std, value.device)
             wide = value.to(noise.device).double() + noise
-            released[key] = wide.to(value.dtype).to(value.device)
+            released[key] = wide.to(dtype).to(value.device)
         return released

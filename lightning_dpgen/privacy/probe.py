@@ -22,7 +22,7 @@ def check_row_independence(
 ) -> None:
     """Raises unless each record's row is a function of that record alone.
 
-    Comparisons with the rows of ``records``: the number of rows; the first half of the records kept and the rest exchanged for
+    Comparisons with the rows of ``records``: the number of rows; either half of the records kept and the other exchanged for
     that of each of ``others``, under the same random state; the first record alone, which for a random module is held to the
     same scale only.
 
@@ -46,32 +46,32 @@ def check_row_independence(
                 f"{name}: {len(value)} rows for a lot of {len(records)} records. One record must be one row: a record that is "
                 "repeated, augmented or split inside the forward pass is clipped once for each copy. Sum its copies' losses."
             )
-    kept = {name: value[:half] for name, value in reference.items()}
     for other in others:
-        exchanged = rows([*records[:half], *other[half:]], 0)
-        _refuse(_moved(kept, {name: value[:half] for name, value in exchanged.items()}, tolerance), "exchanged")
+        for kept, lot in ((slice(half), [*records[:half], *other[half:]]), (slice(half, None), [*other[:half], *records[half:]])):
+            exchanged = rows(lot, 0)
+            before, after = ({name: value[kept] for name, value in one.items()} for one in (reference, exchanged))
+            _refuse(_moved(before, after, tolerance), "exchanged")
     first = {name: value[:1] for name, value in reference.items()}
     if not _moved(reference, rows(records, 1), tolerance):
         _refuse(_moved(first, rows(records[:1], 0), tolerance), "removed")
         return
-    among = sum(_size(rows(records, seed)) for seed in range(SEEDS)) / len(records)
-    alone = sum(_size(rows(records[:1], seed)) for seed in range(SEEDS))
+    among, alone = (sum(_first(rows(lot, seed)) for seed in range(SEEDS)) for lot in (records, records[:1]))
     if not 0.5 * alone <= among <= 2 * alone:
         _refuse(list(reference), "removed")
 
 
-def _size(rows: Rows) -> float:
-    """The sum of the rows' norms."""
-    return float(torch.stack([value.flatten(1).square().sum(1) for value in rows.values()]).sum(0).sqrt().sum()) if rows else 0.0
+def _first(rows: Rows) -> float:
+    """The norm of the first row."""
+    return float(torch.cat([value[0].flatten().double() for value in rows.values()]).norm()) if rows else 0.0
 
 
 def _moved(expected: Rows, found: Rows, tolerance: float) -> list[str]:
-    scale = max((float(value.abs().max()) for value in expected.values() if value.numel()), default=0.0)
-    return [
-        name
-        for name, value in expected.items()
-        if value.shape != found[name].shape or not torch.allclose(value, found[name], rtol=tolerance, atol=tolerance * scale + 1e-12)
-    ]
+    scale = max((float(value.nan_to_num(posinf=0, neginf=0).abs().max()) for value in expected.values() if value.numel()), default=0.0)
+    return [name for name, value in expected.items() if not _close(value, found[name], tolerance, tolerance * scale + 1e-12)]
+
+
+def _close(one: Tensor, other: Tensor, relative: float, absolute: float) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, rtol=relative, atol=absolute, equal_nan=True)
 
 
 def _refuse(moved: list[str], change: str) -> None:
@@ -81,5 +81,6 @@ def _refuse(moved: list[str], change: str) -> None:
             f"{' and more' if len(moved) > 6 else ''}. Usual causes: BatchNorm or another layer that mixes records, a loss that "
             "is weighted or masked by the whole lot (class weights, ignore_index), a batch axis that is not the first, a "
             "contrastive loss, or a collate_fn that mixes records. Replace BatchNorm by GroupNorm; make the loss the mean over "
-            "records of each record's own loss; or take each record alone with physical_batch_size=1."
+            "records of each record's own loss; collate records side by side; or, if it is a layer, take each record alone with "
+            "physical_batch_size=1."
         )

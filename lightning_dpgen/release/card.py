@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+SIZES = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"))
+
 
 def make_card(certificate: dict[str, Any]) -> str:
     """The text of the release's ``README.md``.
@@ -16,7 +18,7 @@ def make_card(certificate: dict[str, Any]) -> str:
     knobs = "\n".join(f"| {name} | {knob['value']} | {knob['origin']} |" for name, knob in certificate["knobs"].items())
     classes = "\n".join(f"- {label}: {name}" for label, name in enumerate(public["classes"]))
     notes = "".join(f"- {note}\n" for note in certificate["notes"])
-    size = "n<1K" if certificate["images"] < 1000 else "1K<n<10K" if certificate["images"] < 10_000 else "10K<n<100K"
+    size = next((name for limit, name in SIZES if certificate["images"] < limit), "n>1M")
     return f"""---
 task_categories:
 - image-classification

@@ -24,7 +24,7 @@ UNIT = "One record (one labelled image). A person with several records has the g
 TRUST = (
     "Central model: whoever ran the training held the records. The certificate states what that run recorded of itself; verifying it "
     "checks consistency, not that the run was honest. Other releases from the same records add to this one's ε. A run that ended early "
-    "claims all that it had planned."
+    "claims all that it had planned, which covers a stop that released numbers, the clock or chance decided, not one decided by records."
 )
 NOISE_LIMITS = (
     "Floating-point Gaussian noise, drawn and added in float64: attacks on the low bits of floating-point numbers are not covered."
@@ -43,8 +43,8 @@ def claim(before: Counts, planned: Counts, released: Counts, delta: float, relat
 
     Args:
         before: What the records had paid for before the run.
-        planned: What the run was to add. One that a person or a callback stopped early claims it all the same: when to stop
-            may have depended on records.
+        planned: What the run was to add. One that was stopped early claims it all the same: when to stop may have depended on
+            what was released.
         released: What the ledger holds now.
         delta: δ.
         relation: The neighbouring relation.

@@ -12,7 +12,7 @@ import numpy as np
 
 from lightning_dpgen.privacy.plan import PrivacyPlan, Relation, ReleaseEvent
 from lightning_dpgen.release.certificate import FORMAT, Counts, claim
-from lightning_dpgen.release.folder import CERTIFICATE, IMAGES, sha256
+from lightning_dpgen.release.folder import CARD, CERTIFICATE, IMAGES, sha256
 
 TOLERANCE = 1e-3
 
@@ -43,7 +43,7 @@ def verify_release(path: str | os.PathLike[str]) -> dict[str, Any]:
         certificate = json.loads(file.read_text(encoding="utf-8"))
         problems = [*_check_files(folder, certificate), *_check_figures(certificate)]
         if not problems:
-            problems = _check_images(folder, certificate)
+            problems = [*_check_images(folder, certificate), *_check_card(folder, certificate)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidRelease(f"{file} is damaged: {type(error).__name__}: {error}") from error
     if problems:
@@ -53,7 +53,10 @@ def verify_release(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _check_files(folder: Path, certificate: dict[str, Any]) -> list[str]:
     listed = certificate["files"]
-    present = {entry.relative_to(folder).as_posix() for entry in folder.rglob("*") if not entry.is_dir()} - {CERTIFICATE}
+    found = [entry for entry in folder.rglob("*") if entry.is_symlink() or not entry.is_dir()]
+    if links := sorted(entry.relative_to(folder).as_posix() for entry in found if entry.is_symlink()):
+        return [f"{name} is a link, and whoever copies the folder may publish what it points to: take it out" for name in links]
+    present = {entry.relative_to(folder).as_posix() for entry in found} - {CERTIFICATE}
     problems = [f"{name} is listed but missing" for name in sorted(set(listed) - present)]
     problems += [f"{name} is not listed in the certificate: take it out" for name in sorted(present - set(listed))]
     problems += [
@@ -106,6 +109,11 @@ def _check_figures(certificate: dict[str, Any]) -> list[str]:
     if budget is not None and float(budget["delta"]) != delta:
         problems.append(f"the claim is at delta {delta:g}, the budget at {float(budget['delta']):g}")
     return problems
+
+
+def _check_card(folder: Path, certificate: dict[str, Any]) -> list[str]:
+    stated = f"**{certificate['claim']['epsilon']:.3f}**"
+    return [] if stated in (folder / CARD).read_text(encoding="utf-8") else [f"{CARD} does not state the claim, {stated}"]
 
 
 def _check_images(folder: Path, certificate: dict[str, Any]) -> list[str]:

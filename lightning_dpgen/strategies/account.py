@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import uuid
@@ -55,8 +56,9 @@ class PrivacyAccount:
         notes: Sentences for the certificate.
 
     Privacy:
-        A target ε is a cap for all fits together. A fit that ends early still claims what it had planned, since when to
-        stop may have depended on records. Nothing that was ever released is forgotten: file and checkpoint are merged.
+        A target ε is a cap for all fits together. A fit that ends early still claims what it had planned, also when a later
+        fit plans less: the noise bounds what released numbers tell, also about when to stop. Nothing that was ever released
+        is forgotten: file and checkpoint are merged.
     """
 
     def __init__(self, terms: Terms, stream: SecretStream) -> None:
@@ -83,15 +85,20 @@ class PrivacyAccount:
             raise RuntimeError("DPStrategy has no plan yet: it is made when Trainer.fit sets up the module and its data.")
         return self.mechanism
 
+    @property
+    def spent(self) -> Counter[ReleaseEvent]:
+        """Releases so far: the ledger's, and what a lost ledger may have held."""
+        return self._lost if self.mechanism is None else Counter(self.mechanism.ledger.counts) + self._lost
+
     def epsilon_spent(self, relation: Relation = Relation.ZERO_OUT) -> float:
-        """ε of the ledger so far; 0 before the first release."""
-        return 0.0 if self.mechanism is None else self.mechanism.ledger.epsilon(self.terms.delta, relation).value
+        """ε of everything so far; 0 before the first release."""
+        return epsilon(self.spent.items(), self.terms.delta, relation).value
 
     def epsilon_after(self, steps: int) -> float:
         """ε of the ledger and of ``steps`` more releases of each kind that the plan names."""
         mechanism = self.ready()
         ahead = {event: steps for event, _ in mechanism.plan.events(mechanism.noise_multiplier)}
-        return epsilon((Counter(mechanism.ledger.counts) + Counter(ahead)).items(), self.terms.delta).value
+        return epsilon((self.spent + Counter(ahead)).items(), self.terms.delta).value
 
     def is_spent(self) -> bool:
         """Whether a budget was given and allows no further release."""
@@ -126,16 +133,21 @@ class PrivacyAccount:
                 )
         else:
             ledger = self._open_ledger(folder, previous)
-            noise = self._noise(plan, previous)
+            noise = self._noise(plan, previous, ledger)
         if previous is not None:
             self._continue(ledger, previous)
         self.mechanism = GaussianMechanism(plan, noise, ledger, self.stream, capped=budget is not None)
-        self.before = Counter(ledger.counts) + self._lost
-        self.planned = Counter()
+        promised = Counter(ledger.promised) | (Counter() if previous is None else Counter(_counts(previous["promised"])))
+        made = Counter(ledger.counts) + self._lost
+        self.before, self.planned = made | promised, Counter()
         for event, count in plan.events(noise):
             left = max(0, self.mechanism.remaining(event.name)) if budget is not None else math.ceil(count * (1 - share_done))
+            if budget is not None or previous is not None:  # the same plan goes on: what it had promised is not promised again
+                self.before[event] = made[event]
+                left = max(left, promised[event] - made[event])
             self.planned[event] = left
         self._check_budget(ledger)
+        ledger.promise(dict(self.before + self.planned))
         return self.mechanism
 
     def follow(self, leader: dict[str, Any], plan: PrivacyPlan) -> GaussianMechanism:
@@ -187,13 +199,25 @@ class PrivacyAccount:
             )
         return first
 
-    def _noise(self, plan: PrivacyPlan, previous: dict[str, Any] | None) -> float:
+    def _noise(self, plan: PrivacyPlan, previous: dict[str, Any] | None, ledger: PrivacyLedger) -> float:
         if previous is not None:
             return float(previous["noise_multiplier"])
-        if self.terms.budget is not None:
-            return calibrate_noise_multiplier(plan, self.terms.budget)
-        assert self.terms.noise_multiplier is not None
-        return self.terms.noise_multiplier
+        budget = self.terms.budget
+        if budget is None:
+            assert self.terms.noise_multiplier is not None
+            return self.terms.noise_multiplier
+        alone = calibrate_noise_multiplier(plan, budget)
+        earlier = Counter(ledger.counts) | Counter(ledger.promised)
+        if not earlier or any(event in earlier for event, _ in plan.events(alone)):  # the very plan, begun before
+            return alone
+        figure = epsilon(earlier.items(), budget.delta).value
+        if figure < budget.epsilon:
+            with contextlib.suppress(ValueError):
+                return calibrate_noise_multiplier(plan, budget, earlier)
+        raise BudgetExhausted(
+            f"ledger {ledger.run_id} already comes to epsilon={figure:.3f} (what its runs had planned); with this run's releases it "
+            f"cannot stay within {budget.epsilon:g}. Use a larger budget, for all of them together, or a ledger of other records."
+        )
 
     def _open_ledger(self, folder: Path, previous: dict[str, Any] | None) -> PrivacyLedger:
         run = uuid.uuid4().hex[:12] if previous is None else str(previous["run"])

@@ -139,8 +139,12 @@ def monitored(trainer: Any, schedulers: list[Any]) -> list[tuple[str, str]]:
     """Who chooses something by which logged number, ``privacy/epsilon`` apart."""
     watchers = (pl.callbacks.EarlyStopping, pl.callbacks.ModelCheckpoint)
     pairs = [(type(c).__name__, c.monitor) for c in trainer.callbacks if isinstance(c, watchers) and c.monitor]
-    pairs += [(type(config.scheduler).__name__, config.monitor) for config in schedulers if config.reduce_on_plateau]
-    return [(user, str(key)) for user, key in pairs if key != "privacy/epsilon"]
+    for config in schedulers:
+        if config.reduce_on_plateau:
+            pairs.append((type(config.scheduler).__name__, config.monitor))
+        elif isinstance(config.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            pairs.append((type(config.scheduler).__name__, "what its step() is given"))
+    return [(user, str(key)) for user, key in pairs if key not in ("privacy/epsilon", "step", "epoch")]
 
 
 def planned_steps(trainer: pl.Trainer, module: pl.LightningModule) -> int | None:

@@ -37,6 +37,7 @@ class PerRecordEngine:
         self.parameters = {name: p for name, p in module.named_parameters() if self.covers(name) and p.requires_grad}
         self._buffers = _versions(dict(module.named_buffers()))
         self._written = _versions(dict(module.named_parameters()))
+        self._values = _checksums(self._fixed())
         self._total: ClippedSum | None = None
 
     def covers(self, name: str) -> bool:
@@ -65,12 +66,7 @@ class PerRecordEngine:
         Raises:
             RuntimeError: If parameters or buffers were written while the lot's records were looked at.
         """
-        moved = sorted(n for n, version in _versions(dict(self.module.named_parameters())).items() if version != self._written.get(n))
-        if moved:
-            raise RuntimeError(
-                f"the parameters {', '.join(moved[:6])} were written during the training step, where records could shape them without "
-                "noise. Write weights between lots, in on_train_batch_end."
-            )
+        self.check_parameters()
         self.check_buffers()
         total = zero_sum(self.parameters, self.clip_norm) if self._total is None else self._total
         self._total = None
@@ -132,6 +128,37 @@ class PerRecordEngine:
     def check_modes(self) -> None:
         """Raises if a layer's mode hides its rows from this engine."""
 
+    def check_parameters(self) -> None:
+        """Raises if parameters were written during the training step otherwise than by an optimizer.
+
+        Raises:
+            RuntimeError: Names them.
+        """
+        moved = sorted(n for n, version in _versions(dict(self.module.named_parameters())).items() if version != self._written.get(n))
+        if moved:
+            raise RuntimeError(
+                f"the parameters {', '.join(moved[:6])} were written during the training step, where records could shape them without "
+                "noise. Write weights between lots, in on_train_batch_end."
+            )
+
+    def check_values(self) -> None:
+        """Raises if frozen parameters or buffers do not hold the numbers of set-up: what was written through ``.data`` has no version.
+
+        Raises:
+            RuntimeError: Names them.
+        """
+        values = _checksums(self._fixed())
+        moved = sorted(name for name, value in values.items() if value != self._values.get(name, value))
+        if moved:
+            raise RuntimeError(
+                f"{', '.join(moved[:6])} changed while training, though no optimizer steps them: records could have shaped them without "
+                "noise. Do not write frozen parameters or buffers within a fit."
+            )
+
+    def _fixed(self) -> dict[str, Tensor]:
+        frozen = {name: p for name, p in self.module.named_parameters() if not p.requires_grad and self.covers(name)}
+        return frozen | dict(self.module.named_buffers())
+
     def check_buffers(self) -> None:
         """Raises if the module's buffers are no longer those of set-up.
 
@@ -172,6 +199,14 @@ class SingleRecordEngine(PerRecordEngine):
 
 def _versions(tensors: dict[str, Tensor]) -> dict[str, tuple[int, int]]:
     return {name: (id(tensor), tensor._version) for name, tensor in tensors.items()}
+
+
+def _checksums(tensors: dict[str, Tensor]) -> dict[str, tuple[int, float, float]]:
+    sums = {}
+    for name, tensor in tensors.items():
+        wide = tensor.detach().double() if not tensor.is_complex() else torch.view_as_real(tensor.detach()).double()
+        sums[name] = (id(tensor), float(wide.nan_to_num().sum()), float(wide.nan_to_num().square().sum()))
+    return sums
 
 
 def record_count(batch: Any) -> int:

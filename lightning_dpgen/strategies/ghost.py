@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,16 +10,12 @@ from opacus.grad_sample import GradSampleHooks
 from opacus.grad_sample.functorch import ft_compute_per_sample_gradient
 from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import GradSampleHooksFastGradientClipping
 from torch import Tensor, nn
-from torch.nn import grad as layer_gradients
 
-from lightning_dpgen.privacy.clipping import ClippedSum, as_matrix, ghost_clipped_sum
+from lightning_dpgen.privacy.clipping import ClippedSum, ghost_clipped_sum, row_norms, weighted_rows
 from lightning_dpgen.strategies.hooks import HooksEngine, RecordHooks, check_count, check_passes, layer_named, untouched
 
-_CONVOLUTIONS: dict[type[nn.Module], Any] = {
-    nn.Conv1d: layer_gradients.conv1d_weight,
-    nn.Conv2d: layer_gradients.conv2d_weight,
-    nn.Conv3d: layer_gradients.conv3d_weight,
-}
+KEPT = 2**22
+"""Numbers of a layer's rows up to which they are kept between norms and sum; more are made twice."""
 
 
 @dataclass(frozen=True)
@@ -29,53 +25,47 @@ class _Pass:
     layer: nn.Module
     activations: list[Tensor]
     backprops: Tensor
+    _rows: dict[Tensor, Tensor] = field(default_factory=dict)
 
-    def rows(self, backprops: Tensor | None = None) -> dict[Tensor, Tensor]:
+    def rows(self) -> dict[Tensor, Tensor]:
         sampler = GradSampleHooks.GRAD_SAMPLERS.get(type(self.layer), ft_compute_per_sample_gradient)
         with layer_named(self.layer):
-            found: dict[Tensor, Tensor] = sampler(self.layer, self.activations, self.backprops if backprops is None else backprops)
+            found: dict[Tensor, Tensor] = sampler(self.layer, self.activations, self.backprops)
         return found
 
     def square_norms(self) -> Tensor:
-        """``[B]``, over the layer's own parameters."""
-        if type(self.layer) is nn.Linear and self.backprops.dim() in (2, 3):
-            norms = GradSampleHooksFastGradientClipping.NORM_SAMPLERS[nn.Linear](self.layer, self.activations, self.backprops)
+        """``[B]``, float64, over the layer's own parameters."""
+        if self._is_linear():
+            # Over a sequence the norm is a difference of large products: in float32 a large row could look small.
+            sampler = GradSampleHooksFastGradientClipping.NORM_SAMPLERS[nn.Linear]
+            norms = sampler(self.layer, [self.activations[0].double()], self.backprops.double())
             return torch.stack([value.square() for value in norms.values()]).sum(0)
-        return torch.stack([as_matrix(value).square().sum(1) for p, value in self.rows().items() if p.requires_grad]).sum(0)
+        return row_norms({str(id(p)): value for p, value in self._kept_rows().items() if p.requires_grad}).square()
 
     def weighted(self, factors: Tensor) -> dict[Tensor, Tensor]:
-        """The sum of ``factors[i]`` times row ``i``, by parameter."""
-        layer, used = self.layer, self._where(factors > 0)
-        scaled = used.backprops * factors.view(-1, *[1] * (used.backprops.dim() - 1))
-        total: dict[Tensor, Tensor] = {}
-        if type(layer) is nn.Linear:
-            flat = scaled.flatten(0, -2)
-            total[layer.weight] = flat.T @ used.activations[0].flatten(0, -2)
-        elif isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and type(layer) in _CONVOLUTIONS and _is_plain(layer, scaled):
-            gradient = _CONVOLUTIONS[type(layer)]
-            total[layer.weight] = gradient(
-                used.activations[0], layer.weight.shape, scaled, layer.stride, layer.padding, layer.dilation, layer.groups
-            )
-            flat = scaled.flatten(2).movedim(1, -1).flatten(0, 1)
-        else:
-            return {parameter: value.sum(0) for parameter, value in used.rows(scaled).items()}
-        if layer.bias is not None:
-            total[layer.bias] = flat.sum(0)
+        """The sum of ``factors[i]`` times row ``i``, float64, by parameter; of the very rows whose norms were taken."""
+        if not self._is_linear():
+            return {parameter: weighted_rows(value, factors) for parameter, value in self._kept_rows().items() if parameter.requires_grad}
+        used = (factors > 0).view(-1, *[1] * (self.backprops.dim() - 1))
+        scaled = torch.where(used, self.backprops, 0).double() * factors.double().view(used.shape)
+        flat = scaled.flatten(0, -2)
+        inputs = torch.where(used, self.activations[0], 0).double().flatten(0, -2)
+        total: dict[Tensor, Tensor] = {self.layer.weight: flat.T @ inputs}  # type: ignore[dict-item]
+        if self.layer.bias is not None:
+            total[self.layer.bias] = flat.sum(0)  # type: ignore[index]
         return total
 
-    def _where(self, used: Tensor) -> _Pass:
-        if used.all():
-            return self
-        masked = [
-            torch.where(used.view(-1, *[1] * (t.dim() - 1)), t, 0) if len(t) == len(used) else t
-            for t in (self.backprops, *self.activations)
-        ]
-        return _Pass(self.layer, masked[1:], masked[0])
+    def _is_linear(self) -> bool:
+        return type(self.layer) is nn.Linear and self.backprops.dim() in (2, 3)
 
-
-def _is_plain(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, backprops: Tensor) -> bool:
-    """Whether the library's own weight gradient fits, and is computed in full float32."""
-    return not isinstance(layer.padding, str) and layer.padding_mode == "zeros" and not backprops.is_cuda
+    def _kept_rows(self) -> dict[Tensor, Tensor]:
+        """:meth:`rows`, kept from the norms for the sum where they are few."""
+        if self._rows:
+            return self._rows
+        rows = self.rows()
+        if sum(value.numel() for value in rows.values()) <= KEPT:
+            self._rows.update(rows)
+        return rows
 
 
 class _Capture(RecordHooks):
@@ -107,26 +97,13 @@ class GhostEngine(HooksEngine):
 
     A linear layer's norms come from its activations and backpropagated gradients alone (Goodfellow 2015, arXiv:1510.01799; Li
     et al. 2022, arXiv:2110.05679), and keeping both spares the second backward pass (Bu et al. 2023, "book-keeping",
-    arXiv:2210.00038). Other layers make their rows one layer at a time; parameters that several passes share make them whole.
+    arXiv:2210.00038), in float64: norm and sum must be of the same numbers. Other layers make their rows one layer at a time;
+    parameters that several passes share make them whole.
     """
 
     def __init__(self, module: nn.Module, clip_norm: float, roots: tuple[str, ...] = ("",)) -> None:
         super().__init__(module, clip_norm, roots)
         self._captured: list[_Pass] = []
-
-    def attach(self) -> None:
-        """Puts the hooks on.
-
-        Raises:
-            ValueError: If products of float32 matrices are set to a lower precision, which could lift a record above C.
-        """
-        if torch.get_float32_matmul_precision() != "highest":
-            raise ValueError(
-                f"grad_sample='ghost' sums by matrix products, and float32 matrix precision is {torch.get_float32_matmul_precision()!r}: "
-                "rounding could lift a record above the clip norm. Call torch.set_float32_matmul_precision('highest') or use "
-                "grad_sample='hooks'."
-            )
-        super().attach()
 
     def _hook(self, root: nn.Module) -> GradSampleHooks:
         return _Capture(root, self._captured)
@@ -150,16 +127,12 @@ class GhostEngine(HooksEngine):
         shared = self._rows(others, {name: p for name, p in self.parameters.items() if name not in alone}, records)
 
         def weighted(factors: Tensor) -> dict[str, Tensor]:
-            used = factors > 0
-            total = {}
-            for name, value in shared.items():
-                flat = torch.where(used[:, None], as_matrix(value).float(), 0.0)
-                total[name] = (factors @ flat).view(value.shape[1:])
+            total = {name: weighted_rows(value, factors) for name, value in shared.items()}
             for one in single:
                 total |= {names[id(p)]: value for p, value in one.weighted(factors).items() if id(p) in names}
             return total
 
-        squares = [as_matrix(value).float().square().sum(1) for value in shared.values()]
+        squares = [row_norms(shared).square()] if shared else []
         with torch.autocast(next(iter(self.parameters.values())).device.type, enabled=False):
             squares += [one.square_norms() for one in single]
         return ghost_clipped_sum(torch.stack(squares).sum(0).sqrt(), weighted, self.clip_norm)

@@ -1,8 +1,13 @@
 """Rebuilds a user's ``DataLoader`` with the sampling that the plan is accounted for."""
 
+# ruff: noqa: NPY002 -- data sets draw from numpy's global state, so that is what is seeded and put back
+
 from __future__ import annotations
 
-from collections.abc import Callable, Sized
+import random
+import secrets
+from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager
 from typing import Any, cast
 
 import numpy as np
@@ -13,6 +18,41 @@ from torch.utils.data.distributed import DistributedSampler
 from lightning_dpgen.privacy.noise import SecretStream
 from lightning_dpgen.privacy.plan import FullPass, PoissonSampling, Sampling
 from lightning_dpgen.privacy.sampling import FullPassChunks, PoissonLots
+from lightning_dpgen.strategies.engine import record_count
+
+
+@contextmanager
+def fresh_randomness(device: torch.device) -> Iterator[None]:
+    """The PRIVATE stream: what is drawn while records are looked at leaves the public random states as they were.
+
+    Privacy:
+        How much is drawn may depend on records; a public stream that went on from there would tell of it.
+    """
+    states = np.random.get_state(), random.getstate()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        seed = secrets.randbits(63)
+        torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(states[0])
+            random.setstate(states[1])
+
+
+class PrivateLoader(DataLoader[Any]):
+    """A ``DataLoader`` that fetches records under :func:`fresh_randomness`: augmentation draws as often as a lot has records."""
+
+    def __iter__(self) -> Any:
+        lots = super().__iter__()
+        while True:
+            with fresh_randomness(torch.device("cpu")):
+                try:
+                    lot = next(lots)
+                except StopIteration:
+                    return
+            yield lot
 
 
 class EmptyAwareCollate:
@@ -28,9 +68,19 @@ class EmptyAwareCollate:
         self.dataset = dataset
 
     def __call__(self, records: Any) -> Any:
-        """Collates records, or none."""
+        """Collates records, or none.
+
+        Raises:
+            ValueError: If the user's function leaves a lot out, or makes several rows of a record.
+        """
         if len(records):
-            return self.collate(records)
+            batch = self.collate(records)
+            if batch is None:
+                raise ValueError("collate_fn returned None: Lightning would skip the lot, which may tell of records. Return a batch.")
+            found = record_count(batch)
+            if found > (len(records[-1]) if isinstance(records, tuple) else len(records)):
+                raise ValueError(f"collate_fn made {found} rows of {len(records)} records: one record must be one row.")
+            return batch
         one = self.collate([self.dataset[0]])
         return torch.utils._pytree.tree_map(_empty, one)
 
@@ -108,4 +158,4 @@ def private_loader(loader: DataLoader[Any], sampling: Sampling, stream: SecretSt
     if loader.num_workers:
         options["prefetch_factor"] = loader.prefetch_factor
     collate = EmptyAwareCollate(loader.collate_fn, loader.dataset)
-    return DataLoader(loader.dataset, batch_sampler=batch_sampler, collate_fn=collate, **options)
+    return PrivateLoader(loader.dataset, batch_sampler=batch_sampler, collate_fn=collate, **options)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
@@ -36,8 +34,8 @@ from lightning_dpgen.strategies.engine import PerRecordEngine, SingleRecordEngin
 from lightning_dpgen.strategies.functional import CHUNK, FunctionalEngine
 from lightning_dpgen.strategies.ghost import GhostEngine
 from lightning_dpgen.strategies.hooks import HooksEngine
-from lightning_dpgen.strategies.loaders import check_loader, private_loader
-from lightning_dpgen.strategies.probe import Probe
+from lightning_dpgen.strategies.loaders import check_loader, fresh_randomness, private_loader
+from lightning_dpgen.strategies.probe import SCHEDULE, Probe, check_collate
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +84,8 @@ class PrivateTraining(pl.strategies.Strategy):
         self._probe: Probe | None = None
         self._private: torch.optim.Optimizer | None = None
         self._guards: list[Any] = []
-        self._records = self._batch_size = self._pending = self._unfinished = 0
+        self._probed: list[Any] = []
+        self._records = self._batch_size = self._pending = 0
         self._restored: dict[str, Any] | None = None
         self._prepared = self._lot_is_open = False
         self._private_keys: set[str] = set()
@@ -180,7 +179,6 @@ class PrivateTraining(pl.strategies.Strategy):
     def on_train_start(self) -> None:
         """Checks the loader once more and, for a user's module, that rows depend on their own records."""
         super().on_train_start()
-        self._unfinished = self._unfinished_lots()  # a checkpoint from within a step holds one
         loader = self._module.trainer.train_dataloader
         sampling = getattr(getattr(loader, "batch_sampler", None), "sampling", None)
         if not isinstance(loader, DataLoader) or sampling != self.plan.sampling:
@@ -188,23 +186,33 @@ class PrivateTraining(pl.strategies.Strategy):
                 f"the training data is a {type(loader).__name__} sampled by {sampling}; a private run needs exactly one DataLoader, "
                 f"sampled as planned: {self.plan.sampling}."
             )
-        if self._engine is not None:
+        if self._engine is None:
+            check_collate(self, loader)
+        else:
             self._engine.check_modes()
             self._probe = Probe(self, self._engine, loader, super().training_step)
             try:
                 self._probe.run()
+                self._probed = self._probe.stepped
             finally:
                 self._probe = None
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """A lot begins: it must be released, and once."""
+        super().on_train_batch_start(batch, batch_idx)
+        self.account.ready().next_lot()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """The module's step: on chunks of the lot, and not at all on the records of an empty one."""
         engine = self._engine
         if engine is None:
-            self.account.ready().next_lot()
             output = super().training_step(*args, **kwargs)
             self._stop_if_spent()
             return output
-        batch, rest = args[0], args[1:]
+        with fresh_randomness(self.root_device):
+            return self._engine_step(engine, args[0], args[1:])
+
+    def _engine_step(self, engine: PerRecordEngine, batch: Any, rest: tuple[Any, ...]) -> Any:
         count = record_count(batch)
         engine.open()
         engine.check_modes()
@@ -253,21 +261,14 @@ class PrivateTraining(pl.strategies.Strategy):
             return None
         if self._private is None or optimizer is not self._private:
             return self._public_step(engine, optimizer, closure, model, **kwargs)
-        mechanism = self.account.ready()
-        if self._module.automatic_optimization:
-            mechanism.next_lot()
 
-        def private_closure() -> Any:
+        def private_closure() -> Tensor:
             engine.stepping = False  # the hook has let this step pass; none may follow within the closure
-            if self._module.automatic_optimization:
-                with fresh_randomness(self.root_device):
-                    loss = closure()
-            else:
-                loss = closure()
+            closure()
             engine.absorb(self._pending)
             self._pending = 0
             self._release(engine)
-            return loss
+            return torch.zeros((), device=self.root_device)  # not the loss, which an optimizer could step by
 
         engine.stepping = True
         try:
@@ -282,19 +283,18 @@ class PrivateTraining(pl.strategies.Strategy):
     def on_train_end(self) -> None:
         """Puts the spent ε into ``trainer.callback_metrics`` and says it."""
         super().on_train_end()
+        self.account.ready().end_lot()
         if self._engine is not None:
             self._engine.check_buffers()
-        skipped = self._unfinished_lots() - self._unfinished
-        if skipped > 0:
-            raise RuntimeError(
-                f"{skipped} lots were drawn and not released: an on_train_batch_start hook returned -1. Which lots are "
-                "skipped may tell of records. Let every lot through; limit_train_batches shortens an epoch."
-            )
+            self._engine.check_values()
+        self._note_early_end()
         self._module.trainer.callback_metrics["privacy/epsilon"] = torch.tensor(self.epsilon_spent())
         submodule("utilities").rank_zero_info(self.report())
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Adds plan, noise and spent releases to the checkpoint, which is private: it may hold optimizer and loop state."""
+        if self._engine is not None:
+            self._engine.check_values()
         if self.mechanism is not None:
             checkpoint["privacy"] = self.account.state()
         super().save_checkpoint(checkpoint, filepath, storage_options)
@@ -375,7 +375,7 @@ class PrivateTraining(pl.strategies.Strategy):
         done = max(trainer.global_step, 0 if previous is None else int(previous["global_step"])) if counts_lots else 0
         self._begin(plan, Path(trainer.default_root_dir) / "privacy", previous, Fraction(min(done, steps or 1), steps or 1))
         self._check_history(module)
-        self._prepared = True
+        self._prepared, self._private_keys = True, set()
         self._note_monitors(trainer)
         submodule("utilities").rank_zero_info(self.summary())
 
@@ -398,6 +398,16 @@ class PrivateTraining(pl.strategies.Strategy):
             if note not in self.account.notes:
                 self.account.notes.append(note)
                 log.warning("%s What it chooses is outside the guarantee unless that number is from public data.", note)
+
+    def _note_early_end(self) -> None:
+        made, planned = sum(self.account.spent.values()), sum((self.account.before + self.account.planned).values())
+        if made < planned and not self.open_ended:
+            note = (
+                f"Training ended after {made} of {planned} releases; the claim counts them all. That covers the moment of stopping only if "
+                "it was chosen by released numbers, the clock or chance, not by records."
+            )
+            self.account.notes.append(note)
+            log.warning(note)
 
     def summary(self) -> str:
         """The plan in one line."""
@@ -430,10 +440,9 @@ class PrivateTraining(pl.strategies.Strategy):
         self._guards.append(private.register_step_pre_hook(lambda *_: engine.guard(private)))
 
     def _manual_step(self, engine: PerRecordEngine, batch: Any, count: int, rest: tuple[Any, ...]) -> Any:
-        self.account.ready().next_lot()
         self._pending, self._lot_is_open = count, True
-        with fresh_randomness(self.root_device):
-            output = super().training_step(batch if count else one_blank_record(batch), *rest)
+        output = super().training_step(batch if count else one_blank_record(batch), *rest)
+        engine.check_parameters()
         if self._lot_is_open:
             raise RuntimeError(
                 f"{type(self._module).__name__}.training_step did not step its private optimizer on this lot. Every lot must "
@@ -458,11 +467,13 @@ class PrivateTraining(pl.strategies.Strategy):
     def _zero_loss(engine: PerRecordEngine) -> Tensor:
         return cast(Tensor, sum(parameter.sum() * 0.0 for parameter in engine.parameters.values()))
 
-    def _unfinished_lots(self) -> int:
-        drawn = self._module.trainer.fit_loop.epoch_loop.batch_progress.total
-        return int(drawn.ready - drawn.completed)
-
     def _public_step(self, engine: PerRecordEngine, optimizer: Any, closure: Callable[[], Any], model: Any, **kwargs: Any) -> Any:
+        if not any(optimizer is one for one in self._probed):
+            raise RuntimeError(
+                f"a {type(optimizer).__name__} that is not private steps now and did not in the check before training, so it is not "
+                f"known whether its gradient depends on records. Step it once within the first {SCHEDULE} batches, by batch_idx."
+            )
+
         def public_closure() -> Any:
             loss = closure()
             self._average_gradients(optimizer)
@@ -497,18 +508,15 @@ class PrivateTraining(pl.strategies.Strategy):
         """Says once which of the user's numbers from training lots are outside the guarantee; refuses choices made by them."""
         if self._owns_releases:
             return
-        names = {metric.meta.name for metric in trainer.fit_loop._results.values() if metric.meta.fx == "training_step"}
+        names = {metric.meta.name for metric in trainer.fit_loop._results.values()} - {"privacy/epsilon"}
         new = sorted(names - self._private_keys)
-        if not new:
-            return
-        self._private_keys |= names
-        log.warning(
-            "the training step logs %s, computed from records without noise: for the owner's eyes, outside the guarantee.", ", ".join(new)
-        )
+        if new:
+            self._private_keys |= names
+            log.warning("training logs %s: not released under differential privacy, for the owner's eyes only.", ", ".join(new))
         for user, key in monitored(trainer, self.lr_scheduler_configs):
-            if key.removesuffix("_step").removesuffix("_epoch") in names:
+            if {key, key.removesuffix("_step"), key.removesuffix("_epoch")} & names:
                 raise ValueError(
-                    f"{user} follows {key!r}, which training_step computes from records without noise: what it chooses would leave with "
+                    f"{user} follows {key!r}, which is logged while training on records, without noise: what it chooses would leave with "
                     "the weights. Monitor 'privacy/epsilon' or a number from public data."
                 )
 
@@ -530,15 +538,3 @@ def one_blank_record(batch: Any) -> Any:
         return leaf.new_zeros((1, *leaf.shape[1:])) if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == 0 else leaf
 
     return torch.utils._pytree.tree_map(filled, batch)
-
-
-@contextmanager
-def fresh_randomness(device: torch.device) -> Iterator[None]:
-    """The PRIVATE stream: what is drawn while records are looked at leaves torch's public random state as it was.
-
-    Privacy:
-        How much is drawn may depend on records; a public stream that went on from there would tell of it.
-    """
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(secrets.randbits(63))
-        yield

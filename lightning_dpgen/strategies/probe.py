@@ -20,7 +20,7 @@ from torchmetrics import Metric
 
 from lightning_dpgen.privacy.clipping import clipped_sum, tensors_of
 from lightning_dpgen.privacy.probe import RowDependenceError, check_row_independence
-from lightning_dpgen.strategies.engine import PerRecordEngine, SingleRecordEngine, record_count
+from lightning_dpgen.strategies.engine import PerRecordEngine, SingleRecordEngine, part_of, record_count
 from lightning_dpgen.strategies.functional import FunctionalEngine
 from lightning_dpgen.strategies.hooks import HooksEngine
 from lightning_dpgen.strategies.loaders import EmptyAwareCollate
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from lightning_dpgen.strategies.private import PrivateTraining
 
 LOT = 4
+SCHEDULE = 16
+"""Batches by whose ``batch_idx`` every optimizer of manual optimization must have stepped once."""
 POOL = 32
 """Records whose integers (labels) the probe may borrow, spread over the data set."""
 
@@ -54,6 +56,8 @@ class Probe:
         self.tolerance = 5e-2 if reduced else 1e-3
         self._rows: dict[str, Tensor] | None = None
         self._public: list[Tensor] = []
+        self._widths: list[tuple[int, ...]] = []
+        self.stepped: list[Any] = []
         self._count = 0
         self._has_loss = False
 
@@ -65,15 +69,14 @@ class Probe:
             RuntimeError: If the engine's rows are not the gradient, or a public optimizer's gradient depends on records.
         """
         with undisturbed(self.module, self.strategy):
-            records, others = self._records()
-            if isinstance(self.engine, SingleRecordEngine):
-                self._rows_of(records[:1], 0)
-            elif isinstance(self.engine, HooksEngine):
-                self._check_hooks(self.engine, records, others)
-            else:
-                check_row_independence(self._rows_of, records, others, self.tolerance)
+            unsettle(self.engine.parameters)
+            real = spread_records(self.loader.dataset)
+            records, others = lots_of(real)
+            check = self._check_hooks if isinstance(self.engine, HooksEngine) else self._check_rows
+            check(*randomised(records, others))
+            check(records, others[:1])  # as they are: missing values and other marks steer losses too
             if not self.module.automatic_optimization:
-                self._check_public(records, others)
+                self._check_public(*randomised(records, others))
             elif not self._has_loss:
                 raise RuntimeError(
                     f"{type(self.module).__name__}.training_step returned no loss on any of {1 + len(others)} lots: every step would "
@@ -87,26 +90,46 @@ class Probe:
             self._rows = self._of_engine()
             self.engine.clear()
         else:
+            self.stepped.append(optimizer)
             self._public += [p.grad.clone() for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            self._public += [torch.tensor(width) for width in self._widths]
+        self._widths.clear()
 
-    def _check_hooks(self, engine: HooksEngine, records: list[Any], others: list[list[Any]]) -> None:
+    def _check_rows(self, records: list[Any], others: list[list[Any]]) -> None:
+        check_row_independence(self._rows_of, records, others, self.tolerance)
+
+    def _check_hooks(self, records: list[Any], others: list[list[Any]]) -> None:
         try:
-            check_row_independence(self._rows_of, records, others, self.tolerance)
+            self._check_rows(records, others)
         except RowDependenceError as error:
+            engine = cast(HooksEngine, self.engine)
+            if engine.loss_reduction == "sum":
+                raise
             engine.set_reduction("sum")  # a loss that is a sum over records, not a mean, has rows of its own
             try:
-                check_row_independence(self._rows_of, records, others, self.tolerance)
+                self._check_rows(records, others)
             except RowDependenceError:
                 raise error from None
 
-    def _rows_of(self, records: Sequence[Any], seed: int) -> dict[str, Tensor]:
-        _seed(seed)
-        collated = cast(EmptyAwareCollate, self.loader.collate_fn).collate(list(records))
-        batch = self.strategy.batch_to_device(self.strategy.precision_plugin.convert_input(collated), self.strategy.root_device)
+    def _rows_of(self, records: Sequence[Any], seed: int, batch_idx: int = 0) -> dict[str, Tensor]:
+        batch = batch_of(self.strategy, self.loader, records, seed)
         self._count = record_count(batch)
+        if self._count != len(records):
+            raise RowDependenceError(
+                f"a batch of {len(records)} records has a first tensor of {self._count} rows. One record must be one row of every tensor "
+                "that has rows, the first one included: do not drop, repeat or split records in collate_fn."
+            )
+        if isinstance(self.engine, SingleRecordEngine):
+            parts = [part_of(batch, i, i + 1, self._count) for i in range(self._count)]
+            self._count = 1
+            found = [self._rows_of_batch(part, seed, batch_idx) for part in parts]
+            return {name: torch.cat([rows[name] for rows in found]) for name in found[0]}
+        return self._rows_of_batch(batch, seed, batch_idx)
+
+    def _rows_of_batch(self, batch: Any, seed: int, batch_idx: int) -> dict[str, Tensor]:
         self.engine.clear()
         _seed(seed)
-        arguments = (batch, 0)[: _arguments(self.module)]
+        arguments = (batch, batch_idx)[: _arguments(self.module)]
         if isinstance(self.engine, FunctionalEngine):
             rows, _, _ = self.engine.rows_of(self.step, *arguments)
             self._has_loss = True
@@ -155,37 +178,98 @@ class Probe:
             )
 
     def _check_public(self, records: list[Any], others: list[list[Any]]) -> None:
-        found = []
-        for lot in (records, others[0]):
-            self._public = []
-            self._rows_of(lot, 0)
-            found.append(self._public)
-        if len(found[0]) != len(found[1]) or not all(_close(a, b, self.tolerance) for a, b in zip(*found, strict=True)):
+        """Public optimizers step on the same gradient whatever the records, and on as many samples however many there are."""
+        handles = [
+            layer.register_forward_hook(self._watch_width)
+            for name, layer in self.module.named_modules()
+            if name and not self.engine.covers(name) and not list(layer.children())
+        ]
+        try:
+            for batch_idx in range(SCHEDULE):
+                found = [self._public_gradients(lot, batch_idx) for lot in (records, others[0], records[:-1])]
+                self._compare(found[0], found[1], "a gradient that changes with the records: it would carry them past the noise")
+                wide, narrow = ([value for value in one if not value.is_floating_point()] for one in (found[0], found[2]))
+                self._compare(wide, narrow, "as many samples as the lot has records, which is private: draw a fixed number of them")
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _watch_width(self, layer: nn.Module, inputs: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.requires_grad:
+            output.register_hook(lambda gradient: self._widths.append(tuple(gradient.shape)))
+
+    def _public_gradients(self, lot: list[Any], batch_idx: int) -> list[Tensor]:
+        self._public = []
+        self._widths.clear()
+        self._rows_of(lot, 0, batch_idx)
+        return self._public
+
+    def _compare(self, one: list[Tensor], other: list[Tensor], problem: str) -> None:
+        if len(one) != len(other) or not all(_close(a, b, self.tolerance) for a, b in zip(one, other, strict=True)):
             raise RuntimeError(
-                f"an optimizer of {type(self.module).__name__} that is not private steps on a gradient that changes with the "
-                "records: it would "
-                "carry them past the noise. Let its loss read generated data and released weights only, or name its networks in "
-                "private_modules."
+                f"an optimizer of {type(self.module).__name__} that is not private steps on {problem}. Let its loss read generated data "
+                "and released weights only, or name its networks in private_modules."
             )
 
-    def _records(self) -> tuple[list[Any], list[list[Any]]]:
-        """A lot of randomised records of different labels, and a lot of each label to exchange them with."""
-        data: Any = self.loader.dataset
-        places = np.unique(np.linspace(0, len(data) - 1, POOL).astype(int))
-        groups: dict[Any, list[Any]] = {}
-        for place in places:
-            record = data[int(place)]
-            groups.setdefault(tuple(_integers(leaf) for leaf in tree_leaves(record)), []).append(record)
-        turns: list[Any] = []
-        labels = len(groups)
-        while any(groups.values()):
-            turns += [group.pop(0) for group in groups.values() if group]
-        while len(turns) < LOT:
-            turns = turns + turns
-        _seed(0)
-        lots = [turns[:LOT], *([one] * LOT for one in turns[: max(1, labels)])]
-        randomised = [[tree_map(_randomised, record) for record in lot] for lot in lots]
-        return randomised[0], randomised[1:]
+
+def check_collate(strategy: PrivateTraining, loader: DataLoader[Any]) -> None:
+    """Refuses a ``collate_fn`` that mixes, drops or repeats records, where a module makes its own releases.
+
+    Raises:
+        RowDependenceError: Says so.
+    """
+
+    def rows(lot: Sequence[Any], seed: int) -> dict[str, Tensor]:
+        leaves = [leaf for leaf in tree_leaves(batch_of(strategy, loader, lot, seed)) if isinstance(leaf, Tensor) and leaf.dim()]
+        return {f"tensor {number} of the batch": leaf.double() for number, leaf in enumerate(leaves)}
+
+    with undisturbed(strategy._module, strategy):
+        records, others = lots_of(spread_records(loader.dataset))
+        for lot, exchanged in (randomised(records, others), (records, others[:1])):
+            check_row_independence(rows, lot, exchanged, 1e-6)
+
+
+def batch_of(strategy: PrivateTraining, loader: DataLoader[Any], records: Sequence[Any], seed: int) -> Any:
+    """What the training step would be given of these records."""
+    _seed(seed)
+    collated = cast(EmptyAwareCollate, loader.collate_fn).collate(list(records))
+    return strategy.batch_to_device(strategy.precision_plugin.convert_input(collated), strategy.root_device)
+
+
+def spread_records(data: Any) -> list[Any]:
+    """Records spread over a data set, those of different labels in turn, so that any few differ; at least ``LOT``."""
+    groups: dict[Any, list[Any]] = {}
+    for place in np.unique(np.linspace(0, len(data) - 1, POOL).astype(int)):
+        record = data[int(place)]
+        groups.setdefault(tuple(_integers(leaf) for leaf in tree_leaves(record)), []).append(record)
+    turns: list[Any] = []
+    while any(groups.values()):
+        turns += [group.pop(0) for group in groups.values() if group]
+    while len(turns) < LOT:
+        turns = turns + turns
+    return turns
+
+
+def lots_of(turns: list[Any]) -> tuple[list[Any], list[list[Any]]]:
+    """A lot, and lots to exchange it with: one of other records, then one of each label."""
+    labels = {tuple(_integers(leaf) for leaf in tree_leaves(record)): record for record in turns}
+    return turns[:LOT], [turns[-LOT:][::-1], *([one] * LOT for one in labels.values())]
+
+
+def randomised(records: list[Any], others: list[list[Any]]) -> tuple[list[Any], list[list[Any]]]:
+    """The same lots with random numbers for floats."""
+    _seed(0)
+    found = [[tree_map(_randomised, record) for record in lot] for lot in (records, *others)]
+    return found[0], found[1:]
+
+
+def unsettle(parameters: dict[str, nn.Parameter]) -> None:
+    """Moves every weight a little: behind a layer that starts at zero nothing could be seen."""
+    _seed(0)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            scale = float(parameter.float().abs().mean())
+            parameter.add_(torch.randn_like(parameter), alpha=0.1 * (scale or 0.1))
 
 
 def _integers(leaf: Any) -> Any:
@@ -210,8 +294,9 @@ def _seed(seed: int) -> None:
 
 
 def _close(one: Tensor, other: Tensor, tolerance: float) -> bool:
-    scale = max(float(one.abs().max()), float(other.abs().max())) if one.numel() else 0.0
-    return one.shape == other.shape and torch.allclose(one.float(), other.float(), rtol=tolerance, atol=tolerance * scale + 1e-12)
+    scale = max(float(value.nan_to_num(posinf=0, neginf=0).abs().max()) for value in (one, other)) if one.numel() else 0.0
+    absolute = tolerance * scale + 1e-12
+    return one.shape == other.shape and torch.allclose(one.float(), other.float(), rtol=tolerance, atol=absolute, equal_nan=True)
 
 
 def _arguments(module: nn.Module) -> int:

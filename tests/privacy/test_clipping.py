@@ -4,7 +4,15 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from lightning_dpgen.nn.classifiers import ConvNet
-from lightning_dpgen.privacy.clipping import ClippedSum, clipped_gradient_sum, clipped_sum, per_record_gradients, row_norms, tensors_of
+from lightning_dpgen.privacy.clipping import (
+    ROUNDING,
+    ClippedSum,
+    clipped_gradient_sum,
+    clipped_sum,
+    per_record_gradients,
+    row_norms,
+    tensors_of,
+)
 
 
 @pytest.fixture
@@ -41,7 +49,7 @@ def test_the_sum_is_that_of_a_loop_over_records(problem, clip_norm, chunk_size):
     total = tensors_of(clipped_gradient_sum(loss, parameters, records, clip_norm, chunk_size))
     expected = oracle_sum(one_record, 23, clip_norm)
     for name, value in expected.items():
-        torch.testing.assert_close(total[name], value, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(total[name], value.double(), atol=1e-5, rtol=1e-4)
 
 
 def test_rows_are_those_of_each_record(problem):
@@ -73,16 +81,39 @@ def test_an_empty_lot_sums_to_zero(problem):
 def test_rows_with_infinite_numbers_count_as_nothing():
     rows = {"a": torch.tensor([[3.0, 4.0], [float("inf"), 0.0], [float("nan"), 1.0]]), "b": torch.tensor([[0.0], [1.0], [1.0]])}
     total = tensors_of(clipped_sum(rows, 1.0))
-    torch.testing.assert_close(total["a"], torch.tensor([0.6, 0.8]))
-    torch.testing.assert_close(total["b"], torch.tensor([0.0]))
+    torch.testing.assert_close(total["a"].float(), torch.tensor([0.6, 0.8]))
+    torch.testing.assert_close(total["b"].float(), torch.tensor([0.0]))
 
 
-def test_low_precision_rows_are_summed_in_float32():
+def test_one_record_does_not_decide_whether_small_rows_are_rounded_away():
+    # In a float32 sum, 4,096 rows of 1 leave no room for rows of -0.49 units in the last place; 4,095 do.
+    small = -0.49 * 2.0**-11
+    for place in (0, -1):
+        rows = torch.cat([torch.ones(4096, 1), torch.full((4096, 1), small)])
+        rows = rows if place == 0 else rows.flip(0)
+        without = rows.clone()
+        without[place] = 0
+        moved = tensors_of(clipped_sum({"a": rows}, 1.0))["a"] - tensors_of(clipped_sum({"a": without}, 1.0))["a"]
+        assert abs(float(moved)) <= ROUNDING
+    chunks = [clipped_sum({"a": part}, 1.0) for part in (torch.ones(4096, 1), *[torch.full((1, 1), small)] * 4096)]
+    total = chunks[0]
+    for chunk in chunks[1:]:
+        total = total + chunk
+    assert float(tensors_of(total)["a"]) == pytest.approx(4096 * (1 + small), rel=1e-4)
+
+
+def test_a_long_row_of_small_numbers_beside_a_large_one_is_no_shorter_than_it_is():
+    row = torch.full((1, 600_000), 2.4e-4)
+    row[0, :64] = 1.0
+    assert float(row_norms({"a": row})) == pytest.approx(float(row.double().norm()), rel=4e-6)  # in one float32 sum: 2.7e-4 less
+
+
+def test_low_precision_rows_are_summed_in_float64():
     rows = {"a": torch.full((4096, 1), 1e-3, dtype=torch.bfloat16)}
     total = tensors_of(clipped_sum(rows, 1.0))["a"]
-    assert total.dtype == torch.float32
-    assert float(total) == pytest.approx(4096 * float(rows["a"][0]), rel=1e-4)
-    assert row_norms(rows).dtype == torch.float32
+    assert total.dtype == torch.float64
+    assert float(total) == pytest.approx(4096 * float(rows["a"][0]), rel=1e-6)
+    assert row_norms(rows).dtype == torch.float64
 
 
 def test_only_this_module_builds_sums_and_only_equal_clip_norms_add():
@@ -105,7 +136,7 @@ def test_autocast_does_not_round_a_clipped_sum():
     rows = {"a": torch.full((8, 30), 0.37), "b": torch.full((8,), 2.0)}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         total = tensors_of(clipped_sum(rows, 0.1))
-    assert all(value.dtype == torch.float32 for value in total.values())
+    assert all(value.dtype == torch.float64 for value in total.values())
     norm = torch.cat([value.flatten() for value in total.values()]).norm()
     assert float(norm) == pytest.approx(0.8, rel=1e-6)
 

@@ -171,7 +171,7 @@ def test_what_manual_optimization_must_not_do_is_refused(tmp_path, digit_records
     for kind, options, message in cases:
         with pytest.raises((RuntimeError, ValueError, RowDependenceError), match=message):
             gan_fit(tmp_path, kind(), digit_records, 16, noise_multiplier=1.0, trainer_options={"max_steps": 8}, **options)
-    with pytest.raises(RuntimeError, match="did not step its private optimizer on this lot"):
+    with pytest.raises(RuntimeError, match="did not step its private optimizer"):
         gan_fit(tmp_path, Sometimes(), digit_records, 16, trainer_options={"max_steps": 8})
     with pytest.raises(ValueError, match="manual optimization.*private_modules"):
         fit(tmp_path, Gan(), digit_records, 16)

@@ -153,3 +153,12 @@ def test_resume_with_another_budget_is_refused_with_both_values(place, capsys):
         capsys.readouterr()
         assert main(digits(place, f"--ckpt_path={checkpoint}", change)) == 1
         assert message in capsys.readouterr().err
+
+
+def test_training_without_a_private_strategy_is_refused(place, capsys):
+    arguments = ["fit", "--model=Classifier", "--model.network=LogReg", "--data=DigitsDataModule", "--trainer.max_steps=3"]
+    assert main([*arguments, "--trainer.accelerator=cpu"]) == 1
+    assert "without privacy" in capsys.readouterr().err
+    assert not list(place.rglob("*.ckpt"))
+    assert main([*arguments, "--trainer.accelerator=cpu", "--trainer.strategy=dpsgd", "--trainer.enable_progress_bar=false"]) == 0
+    assert len(list(place.rglob("*.jsonl"))) == 1

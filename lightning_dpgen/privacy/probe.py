@@ -22,9 +22,9 @@ def check_row_independence(
 ) -> None:
     """Raises unless each record's row is a function of that record alone.
 
-    Comparisons with the rows of ``records``: the number of rows; either half of the records kept and the other exchanged for
-    that of each of ``others``, under the same random state; the first record alone, which for a random module is held to the
-    same scale only.
+    Comparisons with the rows of ``records``: the number of rows; the first half of the records kept and the rest exchanged for
+    that of each of ``others``, and the last half kept before the first of ``others``, under the same random state; the first
+    record alone, which for a random module is held to the same scale only.
 
     Args:
         rows: ``rows(records, seed)`` computes the rows ``[B, …]`` by name of a lot of B records.
@@ -46,11 +46,12 @@ def check_row_independence(
                 f"{name}: {len(value)} rows for a lot of {len(records)} records. One record must be one row: a record that is "
                 "repeated, augmented or split inside the forward pass is clipped once for each copy. Sum its copies' losses."
             )
-    for other in others:
-        for kept, lot in ((slice(half), [*records[:half], *other[half:]]), (slice(half, None), [*other[:half], *records[half:]])):
-            exchanged = rows(lot, 0)
-            before, after = ({name: value[kept] for name, value in one.items()} for one in (reference, exchanged))
-            _refuse(_moved(before, after, tolerance), "exchanged")
+    exchanges = [(slice(half), [*records[:half], *other[half:]]) for other in others]
+    exchanges += [(slice(half, None), [*other[:half], *records[half:]]) for other in others[:1]]
+    for kept, lot in exchanges:
+        exchanged = rows(lot, 0)
+        before, after = ({name: value[kept] for name, value in one.items()} for one in (reference, exchanged))
+        _refuse(_moved(before, after, tolerance), "exchanged")
     first = {name: value[:1] for name, value in reference.items()}
     if not _moved(reference, rows(records, 1), tolerance):
         _refuse(_moved(first, rows(records[:1], 0), tolerance), "removed")

@@ -21,6 +21,7 @@ def test_independent_rows_pass():
     [
         (lambda lot, seed: {"weight": lot - lot.mean(0)}, "exchanged"),  # BatchNorm
         (lambda lot, seed: {"weight": lot / len(lot)}, "removed"),  # a mean where a sum is taken for one
+        (lambda lot, seed: {"weight": torch.cat([lot[:1], lot[1:] - lot.cumsum(0)[:-1]])}, "exchanged"),  # of earlier records only
         (lambda lot, seed: {"fine": lot, "weight": lot.cumsum(0).flip(0)}, "in weight"),  # order, and only the named one
         (lambda lot, seed: {"weight": lot.repeat_interleave(2, 0)}, "8 rows for a lot of 4"),
         (lambda lot, seed: {"weight": lot.T}, "5 rows for a lot of 4"),

@@ -109,6 +109,23 @@ def test_edited_missing_and_unlisted_files_are_refused(release):
         verify_release(release / "extra")
 
 
+def test_links_and_a_card_with_another_claim_are_refused(release, tmp_path):
+    import hashlib
+
+    (tmp_path / "secret").mkdir()
+    (release / "extra").symlink_to(tmp_path / "secret")
+    with pytest.raises(InvalidRelease, match="extra is a link"):
+        verify_release(release)
+    (release / "extra").unlink()
+    card, file = release / "README.md", release / "privacy.json"
+    certificate = json.loads(file.read_text(encoding="utf-8"))
+    card.write_text(card.read_text(encoding="utf-8").replace(f"**{certificate['claim']['epsilon']:.3f}**", "**0.100**"), encoding="utf-8")
+    certificate["files"]["README.md"] = hashlib.sha256(card.read_bytes()).hexdigest()
+    file.write_text(json.dumps(certificate), encoding="utf-8")
+    with pytest.raises(InvalidRelease, match="does not state the claim"):
+        verify_release(release)
+
+
 def test_nothing_but_a_release_is_ever_replaced(original, release, tmp_path):
     one = load_release(original[0])
     with pytest.raises(FileExistsError, match="overwrite=True"):

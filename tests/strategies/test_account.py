@@ -9,7 +9,15 @@ import pytorch_lightning as pl
 from helpers import Mlp, fit, trainer
 from torch.utils.data import DataLoader
 
-from lightning_dpgen import DigitsDataModule, DPStrategy, PrivateSetGeneration, SanitizedRelease, verify_release
+from lightning_dpgen import (
+    DigitsDataModule,
+    DPStrategy,
+    PrivacyBudget,
+    PrivateSetGeneration,
+    SanitizedRelease,
+    calibrate_noise_multiplier,
+    verify_release,
+)
 from lightning_dpgen.privacy.plan import Relation
 from lightning_dpgen.release import NotCertifiable
 from lightning_dpgen.release.certificate import claim
@@ -49,16 +57,15 @@ def test_a_later_fit_that_stops_early_claims_what_came_before_and_all_that_it_pl
 
 
 @pytest.mark.parametrize("done", [1, 7, 119])
-def test_what_is_left_of_a_plan_is_counted_in_whole_releases(done):
+def test_what_is_left_of_a_plan_is_counted_in_whole_releases(tmp_path, done):
     from fractions import Fraction
-    from pathlib import Path
 
     from lightning_dpgen.privacy import PoissonSampling, PrivacyPlan, Release, SecretStream
     from lightning_dpgen.strategies.account import PrivacyAccount, Terms
 
     account = PrivacyAccount(Terms(None, 1e-5, 1.0, None), SecretStream())
     plan = PrivacyPlan(PoissonSampling(80, 8), (Release("sum", 1.0, 120),))
-    account.begin(plan, Path("nowhere"), None, Fraction(done, 120))
+    account.begin(plan, tmp_path, None, Fraction(done, 120))
     assert sum(account.planned.values()) == 120 - done
 
 
@@ -157,3 +164,39 @@ def test_a_second_run_in_the_same_folder_hears_of_the_first(tmp_path, digit_reco
     fit(tmp_path, Mlp(), digit_records, 16, noise_multiplier=1.0)
     assert "every run costs again" in caplog.text
     assert str(first.strategy.ledger.path) in caplog.text
+
+
+def test_a_stopped_run_keeps_its_promise_under_every_later_fit(tmp_path, digit_records):
+    path = tmp_path / "data.jsonl"
+    options = {"max_steps": 20, "callbacks": [StopAt(3)]}
+    run = fit(tmp_path, Mlp(), digit_records, 8, noise_multiplier=1.0, ledger=path, trainer_options=options)
+    run.save_checkpoint(tmp_path / "three.ckpt")
+    assert any("ended after 3 of 20" in note for note in run.strategy.account.notes)
+    full = claimed(run.strategy)
+    again = trainer(tmp_path, DPStrategy(noise_multiplier=1.0, ledger=path), max_steps=4)
+    again.fit(Mlp(), DataLoader(digit_records, batch_size=8), ckpt_path=tmp_path / "three.ckpt")
+    assert len(again.strategy.ledger) == 4
+    assert claimed(again.strategy) == pytest.approx(full)
+    fresh = fit(tmp_path, Mlp(), digit_records, 8, noise_multiplier=1.0, ledger=path, trainer_options={"max_steps": 1})
+    assert sum((fresh.strategy.account.before + fresh.strategy.account.planned).values()) == 21
+    assert claimed(fresh.strategy) > full
+
+
+def test_a_budget_on_a_ledger_in_use_gets_noise_for_what_is_left(tmp_path, digit_records):
+    path = tmp_path / "data.jsonl"
+    first = fit(tmp_path, Mlp(), digit_records, 8, epsilon=1.0, ledger=path, trainer_options={"max_steps": 4})
+    second = fit(tmp_path, Mlp(), digit_records, 8, epsilon=2.0, ledger=path, trainer_options={"max_steps": 6})
+    assert 1.9 < second.strategy.epsilon_spent() <= 2.0
+    alone = calibrate_noise_multiplier(second.strategy.plan, PrivacyBudget(2.0, 1e-5))
+    assert second.strategy.noise_multiplier > alone
+    assert len(second.strategy.ledger) == len(first.strategy.ledger) + 6 == 10
+
+
+def test_what_is_said_of_a_lost_ledger_includes_what_it_may_have_held(tmp_path, digit_records):
+    run = fit(tmp_path, Mlp(), digit_records, 8, epsilon=3.0, trainer_options={"max_steps": 20, "callbacks": [StopAt(5)]})
+    run.save_checkpoint(tmp_path / "five.ckpt")
+    run.strategy.ledger.path.unlink()
+    again = trainer(tmp_path, DPStrategy(epsilon=3.0, ledger="new"), max_steps=20)
+    again.fit(Mlp(), DataLoader(digit_records, batch_size=8), ckpt_path=tmp_path / "five.ckpt")
+    assert again.strategy.epsilon_spent() == pytest.approx(claimed(again.strategy))
+    assert float(again.callback_metrics["privacy/epsilon"]) > 3.0

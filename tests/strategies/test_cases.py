@@ -103,7 +103,9 @@ def test_empty_lots_of_every_structure(tmp_path, kind, options):
 
 
 def test_empty_lots_from_spawned_workers(tmp_path):
-    loader = DataLoader(Structured("dict"), batch_size=1, num_workers=1, multiprocessing_context="spawn", collate_fn=stacked)
+    loader = DataLoader(
+        Structured("dict"), batch_size=1, num_workers=1, multiprocessing_context="spawn", collate_fn=stacked, persistent_workers=True
+    )
     run = fit(tmp_path, Structures(lr=1e-3), None, 1, loader, trainer_options={"max_steps": 20}, noise_multiplier=1.0)
     assert len(run.strategy.ledger) == 20
 

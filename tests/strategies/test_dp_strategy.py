@@ -581,3 +581,76 @@ def test_closures_and_optimizers_that_ask_twice_are_refused(tmp_path, digit_reco
     with pytest.raises(RuntimeError, match="released already"):
         fit(tmp_path, module, digit_records, 16, noise_multiplier=1.0)
     assert torch.equal(flat(module), start)
+
+
+def test_a_lot_is_released_once_however_its_step_is_written(tmp_path, digit_records):
+    class Twice(Mlp):
+        def optimizer_step(self, epoch, batch_idx, optimizer, closure):
+            optimizer.step(closure=closure)
+            optimizer.step(closure=closure)
+
+    class Sometimes(Mlp):
+        def optimizer_step(self, epoch, batch_idx, optimizer, closure):
+            if batch_idx % 2 == 0:
+                optimizer.step(closure=closure)
+            else:
+                closure()
+
+    with pytest.raises(RuntimeError, match="released already"):
+        fit(tmp_path, Twice(), digit_records, 8, noise_multiplier=1.0, trainer_options={"max_steps": 4})
+    with pytest.raises(RuntimeError, match="2 lots were drawn and 1 released"):
+        fit(tmp_path, Sometimes(), digit_records, 8, noise_multiplier=1.0, trainer_options={"max_steps": 4})
+
+
+def test_the_optimizer_is_not_told_the_loss(tmp_path, digit_records):
+    told = []
+
+    class Polyak(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure=None):
+            with torch.enable_grad():
+                told.append(float(closure()))
+            for parameter in self.param_groups[0]["params"]:
+                parameter -= 0.1 * parameter.grad
+
+    class Greedy(Mlp):
+        def configure_optimizers(self):
+            return Polyak(self.parameters(), lr=0.1)
+
+    fit(tmp_path, Greedy(), digit_records, 8, noise_multiplier=1.0, trainer_options={"max_steps": 3})
+    assert told == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("target", ["prototype", "statistic"])
+def test_what_is_written_through_data_is_seen_at_the_end(tmp_path, digit_records, target):
+    class Writes(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.prototype = nn.Parameter(torch.zeros(64), requires_grad=False)
+            self.register_buffer("statistic", torch.zeros(64))
+
+        def training_step(self, batch, batch_idx):
+            if batch_idx > 1:
+                getattr(self, target).data.mul_(0.9).add_(0.1 * batch[0].flatten(1).mean(0))
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(RuntimeError, match=target):
+        fit(tmp_path, Writes(), digit_records, 8, noise_multiplier=1.0, trainer_options={"max_steps": 8})
+
+
+def test_numbers_that_training_logs_may_not_steer_it(tmp_path, digit_records):
+    class Epoch(Mlp):
+        def training_step(self, batch, batch_idx):
+            loss = F.cross_entropy(self.net(batch[0]), batch[1])
+            self.log("train_loss_epoch", loss)
+            return loss
+
+    class Late(Mlp):
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            self.log("late", outputs["loss"])
+
+    for module, key in ((Epoch(), "train_loss_epoch"), (Late(), "late")):
+        stop = pl.callbacks.EarlyStopping(key, check_on_train_epoch_end=True)
+        options = {"max_steps": -1, "max_epochs": 3, "callbacks": [stop]}
+        with pytest.raises(ValueError, match=f"EarlyStopping follows '{key}'"):
+            fit(tmp_path, module, digit_records, 8, noise_multiplier=1.0, trainer_options=options)

@@ -178,7 +178,7 @@ def test_the_budget_stop_ends_below_its_epsilon(tmp_path, digit_records):
     assert strategy.epsilon_spent() <= 4.36 < strategy.account.epsilon_after(1)
     with pytest.raises(ValueError, match="is not below the strategy's epsilon=3"):
         trainer(tmp_path, DPStrategy(epsilon=3.0), callbacks=[PrivacyBudgetStop(3.0)]).fit(Mlp(), DataLoader(digit_records, batch_size=8))
+    run = trainer(tmp_path, DPStrategy(noise_multiplier=1.0), callbacks=[PrivacyBudgetStop(0.01)])
     with pytest.raises(ValueError, match="the first 1 steps come to epsilon="):
-        run = trainer(tmp_path, DPStrategy(noise_multiplier=1.0), callbacks=[PrivacyBudgetStop(0.01)])
         run.fit(Mlp(), DataLoader(digit_records, batch_size=8))
     assert len(run.strategy.ledger) == 0

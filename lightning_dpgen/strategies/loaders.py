@@ -31,7 +31,9 @@ def fresh_randomness(device: torch.device) -> Iterator[None]:
     states = np.random.get_state(), random.getstate()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         seed = secrets.randbits(63)
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would queue a call for every accelerator, each time
+        if device.type == "cuda":
+            torch.cuda.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
         try:

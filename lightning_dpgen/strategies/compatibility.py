@@ -144,7 +144,7 @@ def monitored(trainer: Any, schedulers: list[Any]) -> list[tuple[str, str]]:
             pairs.append((type(config.scheduler).__name__, config.monitor))
         elif isinstance(config.scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             pairs.append((type(config.scheduler).__name__, "what its step() is given"))
-    return [(user, str(key)) for user, key in pairs if key not in ("privacy/epsilon", "step", "epoch")]
+    return [(user, str(key)) for user, key in pairs if key != "privacy/epsilon"]
 
 
 def planned_steps(trainer: pl.Trainer, module: pl.LightningModule) -> int | None:

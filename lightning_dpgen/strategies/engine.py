@@ -35,14 +35,18 @@ class PerRecordEngine:
         self.roots = roots
         self.stepping = False
         self.parameters = {name: p for name, p in module.named_parameters() if self.covers(name) and p.requires_grad}
-        self._buffers = _versions(dict(module.named_buffers()))
-        self._written = _versions(dict(module.named_parameters()))
-        self._values = _checksums(self._fixed())
         self._total: ClippedSum | None = None
+        self.settle()
 
     def covers(self, name: str) -> bool:
         """Whether the parameter or layer of this name belongs to what sees records."""
         return any(root in ("", name) or name.startswith(root + ".") for root in self.roots)
+
+    def settle(self) -> None:
+        """Takes buffers and frozen parameters as they are now for those of set-up; before the first lot."""
+        self._buffers = _versions(dict(self.module.named_buffers()))
+        self._written = _versions(dict(self.module.named_parameters()))
+        self._values = _checksums(self._fixed())
 
     # One lot: open, absorb each chunk after its backward pass, take ------------------------------------------------
 

@@ -176,6 +176,13 @@ class PrivateTraining(pl.strategies.Strategy):
             )
         return private_loader(loader, sampling, self._stream, self.rank, self.world)
 
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """As in Lightning; what ``on_after_batch_transfer`` draws for the records of a lot leaves the public random states alone."""
+        if not self._module.trainer.training:
+            return super().batch_to_device(batch, device, dataloader_idx)
+        with fresh_randomness(self.root_device):
+            return super().batch_to_device(batch, device, dataloader_idx)
+
     def on_train_start(self) -> None:
         """Checks the loader once more and, for a user's module, that rows depend on their own records."""
         super().on_train_start()
@@ -189,6 +196,7 @@ class PrivateTraining(pl.strategies.Strategy):
         if self._engine is None:
             check_collate(self, loader)
         else:
+            self._engine.settle()
             self._engine.check_modes()
             self._probe = Probe(self, self._engine, loader, super().training_step)
             try:
@@ -394,6 +402,8 @@ class PrivateTraining(pl.strategies.Strategy):
 
     def _note_monitors(self, trainer: pl.Trainer) -> None:
         for user, key in monitored(trainer, self.lr_scheduler_configs):
+            if key in ("step", "epoch"):  # Lightning's own counts, unless a training step logs under their name
+                continue
             note = f"{user} followed {key!r}, a number that was not released under differential privacy."
             if note not in self.account.notes:
                 self.account.notes.append(note)
@@ -508,7 +518,8 @@ class PrivateTraining(pl.strategies.Strategy):
         """Says once which of the user's numbers from training lots are outside the guarantee; refuses choices made by them."""
         if self._owns_releases:
             return
-        names = {metric.meta.name for metric in trainer.fit_loop._results.values()} - {"privacy/epsilon"}
+        handed = ("training_step", "on_train_batch_start", "on_train_batch_end")  # hooks that are handed records
+        names = {metric.meta.name for metric in trainer.fit_loop._results.values() if metric.meta.fx in handed} - {"privacy/epsilon"}
         new = sorted(names - self._private_keys)
         if new:
             self._private_keys |= names
@@ -516,8 +527,8 @@ class PrivateTraining(pl.strategies.Strategy):
         for user, key in monitored(trainer, self.lr_scheduler_configs):
             if {key, key.removesuffix("_step"), key.removesuffix("_epoch")} & names:
                 raise ValueError(
-                    f"{user} follows {key!r}, which is logged while training on records, without noise: what it chooses would leave with "
-                    "the weights. Monitor 'privacy/epsilon' or a number from public data."
+                    f"{user} follows {key!r}, logged by a hook that is handed records, without noise: what it chooses would leave with the "
+                    "weights. Monitor 'privacy/epsilon', or a number from public data that on_train_epoch_end or validation logs."
                 )
 
 

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
+from lightning_dpgen._compat import pl
 from lightning_dpgen.privacy.clipping import clipped_sum, tensors_of
 from lightning_dpgen.privacy.probe import RowDependenceError, check_row_independence
 from lightning_dpgen.strategies.engine import PerRecordEngine, SingleRecordEngine, part_of, record_count
@@ -233,7 +234,8 @@ def batch_of(strategy: PrivateTraining, loader: DataLoader[Any], records: Sequen
     """What the training step would be given of these records."""
     _seed(seed)
     collated = cast(EmptyAwareCollate, loader.collate_fn).collate(list(records))
-    return strategy.batch_to_device(strategy.precision_plugin.convert_input(collated), strategy.root_device)
+    move = pl.strategies.Strategy.batch_to_device  # ours draws afresh, and the probe compares like with like
+    return move(strategy, strategy.precision_plugin.convert_input(collated), strategy.root_device)
 
 
 def spread_records(data: Any) -> list[Any]:

@@ -649,7 +649,21 @@ def test_numbers_that_training_logs_may_not_steer_it(tmp_path, digit_records):
         def on_train_batch_end(self, outputs, batch, batch_idx):
             self.log("late", outputs["loss"])
 
-    for module, key in ((Epoch(), "train_loss_epoch"), (Late(), "late")):
+    class Disguised(Mlp):
+        def training_step(self, batch, batch_idx):
+            loss = F.cross_entropy(self.net(batch[0]), batch[1])
+            self.log("step", loss)
+            return loss
+
+    class Public(Mlp):
+        def on_train_epoch_end(self):
+            self.log("score", 1.0)
+
+    stop = pl.callbacks.EarlyStopping("score", check_on_train_epoch_end=True, patience=5)
+    options = {"max_steps": -1, "max_epochs": 2, "callbacks": [stop]}
+    run = fit(tmp_path, Public(), digit_records, 8, noise_multiplier=1.0, trainer_options=options)
+    assert any("followed 'score'" in note for note in run.strategy.account.notes)
+    for module, key in ((Epoch(), "train_loss_epoch"), (Late(), "late"), (Disguised(), "step")):
         stop = pl.callbacks.EarlyStopping(key, check_on_train_epoch_end=True)
         options = {"max_steps": -1, "max_epochs": 3, "callbacks": [stop]}
         with pytest.raises(ValueError, match=f"EarlyStopping follows '{key}'"):

@@ -147,12 +147,30 @@ def test_augmentation_leaves_the_public_random_state_alone(tmp_path, digits):
             image, label = super().__getitem__(index)
             return image + 0.01 * torch.randn_like(image), label
 
-    after = []
-    for _ in range(3):
-        torch.manual_seed(0)
-        fit(tmp_path, Mlp(), Noisy(digits[0][:64], digits[1][:64]), 8, noise_multiplier=1.0, trainer_options={"max_steps": 6})
-        after.append(torch.rand(1))
-    assert after[0] == after[1] == after[2]
+    class OnTransfer(Mlp):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return [batch[0] + 0.01 * torch.rand(len(batch[0]), 1, 1, 1), batch[1]]
+
+    for build, records in ((Mlp, Noisy(digits[0][:64], digits[1][:64])), (OnTransfer, TensorDataset(digits[0][:64], digits[1][:64]))):
+        after = []
+        for _ in range(3):
+            torch.manual_seed(0)
+            fit(tmp_path, build(), records, 8, noise_multiplier=1.0, trainer_options={"max_steps": 6})
+            after.append(torch.rand(1))
+        assert after[0] == after[1] == after[2]
+
+
+def test_frozen_weights_may_be_loaded_before_the_first_lot(tmp_path, digit_records):
+    class Loads(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.net[1].requires_grad_(False)
+
+        def on_fit_start(self):
+            self.net[1].weight.data.copy_(torch.ones(16, 64))
+
+    run = fit(tmp_path, Loads(), digit_records, 8, noise_multiplier=1.0, trainer_options={"max_steps": 3})
+    assert len(run.strategy.ledger) == 3
 
 
 def test_weights_and_random_states_are_as_before(tmp_path, digit_records):

@@ -75,11 +75,14 @@ class GaussianMechanism:
         Raises:
             RuntimeError: If the last Poisson lot was not released.
         """
-        made = len(self.ledger) - self._paid
-        if 0 < made < self._lots and isinstance(self.plan.sampling, PoissonSampling):
+        if len(self.ledger) > self._paid:
+            self._refuse_skipped(len(self.ledger) - self._paid)
+
+    def _refuse_skipped(self, made: int) -> None:
+        if made < self._lots and isinstance(self.plan.sampling, PoissonSampling):
             raise RuntimeError(
-                f"{self._lots} lots were drawn and {made} released. Every lot must release, also an empty one, since which lots do not "
-                "may tell of records: step the private optimizer (or call release) once for every lot."
+                f"{self._lots} lots were drawn and {self._lots - made} not released. Every lot must release, also an empty one, since "
+                "which lots do not may tell of records: step the private optimizer (or call release) once for every lot."
             )
 
     def release(self, name: str, contribution: ClippedSum | Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -116,6 +119,7 @@ class GaussianMechanism:
                 f"release {name!r}: this lot was released already; the plan counts one release of each Poisson lot. Use one optimizer "
                 "step and one closure call a lot, and take further critic steps on further lots."
             )
+        self._refuse_skipped(len(self.ledger) - self._paid + 1)
         event = self._events[name]
         self.ledger.charge(event)
         self._released_lot = None if self._released_lot is None else True

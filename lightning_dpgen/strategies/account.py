@@ -53,6 +53,7 @@ class PrivacyAccount:
         mechanism: The door of the current or last fit; ``None`` before the first.
         before: Releases that the records had already paid for when the last fit began.
         planned: Releases that the last fit may add.
+        made_before: How many releases had been made when the last fit began.
         notes: Sentences for the certificate.
 
     Privacy:
@@ -67,6 +68,7 @@ class PrivacyAccount:
         self.mechanism: GaussianMechanism | None = None
         self.before: Counter[ReleaseEvent] = Counter()
         self.planned: Counter[ReleaseEvent] = Counter()
+        self.made_before = 0
         self.notes: list[str] = []
         self._lost: Counter[ReleaseEvent] = Counter()
 
@@ -139,6 +141,7 @@ class PrivacyAccount:
         self.mechanism = GaussianMechanism(plan, noise, ledger, self.stream, capped=budget is not None)
         promised = Counter(ledger.promised) | (Counter() if previous is None else Counter(_counts(previous["promised"])))
         made = Counter(ledger.counts) + self._lost
+        self.made_before = sum(made.values())
         self.before, self.planned = made | promised, Counter()
         for event, count in plan.events(noise):
             left = max(0, self.mechanism.remaining(event.name)) if budget is not None else math.ceil(count * (1 - share_done))
@@ -163,6 +166,7 @@ class PrivacyAccount:
         self.mechanism = GaussianMechanism(plan, noise, ledger, self.stream, capped=self.terms.budget is not None)
         self._lost, self.notes = Counter(_counts(leader["lost"])), list(leader["notes"])
         self.before = Counter(ledger.counts) + self._lost
+        self.made_before = sum(self.before.values())
         self.planned = Counter(_counts(leader["promised"])) - self.before
         return self.mechanism
 

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from lightning_dpgen.privacy.clipping import ClippedSum, clipped_sum, zero_sum
 
+WATCHED = 16
+"""Lots during which the numbers of frozen parameters are compared too, not only their versions."""
+
 
 class PerRecordEngine:
     """Turns backward passes over chunks of a lot into one clipped sum.
@@ -46,7 +49,9 @@ class PerRecordEngine:
         """Takes buffers and frozen parameters as they are now for those of set-up; before the first lot."""
         self._buffers = _versions(dict(self.module.named_buffers()))
         self._written = _versions(dict(self.module.named_parameters()))
-        self._values = _checksums(self._fixed())
+        self._values = _checksums(dict(self.module.named_buffers()))
+        self._frozen: dict[str, tuple[int, float, float]] = {}
+        self._lots = 0
 
     # One lot: open, absorb each chunk after its backward pass, take ------------------------------------------------
 
@@ -54,6 +59,8 @@ class PerRecordEngine:
         """Begins a lot; refuses a module whose trainable parameters are no longer those of set-up."""
         self._check_trainable()
         self._written = _versions(dict(self.module.named_parameters()))
+        self._frozen = _checksums(self._frozen_parameters()) if self._lots < WATCHED else {}
+        self._lots += 1
         self._total = None
         self.clear()
 
@@ -139,6 +146,8 @@ class PerRecordEngine:
             RuntimeError: Names them.
         """
         moved = sorted(n for n, version in _versions(dict(self.module.named_parameters())).items() if version != self._written.get(n))
+        if self._frozen:  # what is written through .data has no version
+            moved += sorted(n for n, value in _checksums(self._frozen_parameters()).items() if value != self._frozen.get(n, value))
         if moved:
             raise RuntimeError(
                 f"the parameters {', '.join(moved[:6])} were written during the training step, where records could shape them without "
@@ -146,22 +155,21 @@ class PerRecordEngine:
             )
 
     def check_values(self) -> None:
-        """Raises if frozen parameters or buffers do not hold the numbers of set-up: what was written through ``.data`` has no version.
+        """Raises if buffers do not hold the numbers of set-up: what was written through ``.data`` has no version.
 
         Raises:
             RuntimeError: Names them.
         """
-        values = _checksums(self._fixed())
+        values = _checksums(dict(self.module.named_buffers()))
         moved = sorted(name for name, value in values.items() if value != self._values.get(name, value))
         if moved:
             raise RuntimeError(
-                f"{', '.join(moved[:6])} changed while training, though no optimizer steps them: records could have shaped them without "
-                "noise. Do not write frozen parameters or buffers within a fit."
+                f"the buffers {', '.join(moved[:6])} changed while training: records could have shaped them without noise. Do not write "
+                "buffers within a fit."
             )
 
-    def _fixed(self) -> dict[str, Tensor]:
-        frozen = {name: p for name, p in self.module.named_parameters() if not p.requires_grad and self.covers(name)}
-        return frozen | dict(self.module.named_buffers())
+    def _frozen_parameters(self) -> dict[str, Tensor]:
+        return {name: p for name, p in self.module.named_parameters() if not p.requires_grad and self.covers(name)}
 
     def check_buffers(self) -> None:
         """Raises if the module's buffers are no longer those of set-up.

@@ -85,6 +85,7 @@ class PrivateTraining(pl.strategies.Strategy):
         self._private: torch.optim.Optimizer | None = None
         self._guards: list[Any] = []
         self._probed: list[Any] = []
+        self._probed_before = False
         self._records = self._batch_size = self._pending = 0
         self._restored: dict[str, Any] | None = None
         self._prepared = self._lot_is_open = False
@@ -201,7 +202,8 @@ class PrivateTraining(pl.strategies.Strategy):
             self._probe = Probe(self, self._engine, loader, super().training_step)
             try:
                 self._probe.run()
-                self._probed = self._probe.stepped
+                self._probed = [self._private, *self._probe.stepped]
+                self._probed_before |= all(any(one is seen for seen in self._probed) for one in self.optimizers)
             finally:
                 self._probe = None
 
@@ -304,7 +306,7 @@ class PrivateTraining(pl.strategies.Strategy):
         if self._engine is not None:
             self._engine.check_values()
         if self.mechanism is not None:
-            checkpoint["privacy"] = self.account.state()
+            checkpoint["privacy"] = {**self.account.state(), "probed": self._probed_before}
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def teardown(self) -> None:
@@ -379,6 +381,7 @@ class PrivateTraining(pl.strategies.Strategy):
                 f"{', '.join(f'{r.name}: clip_norm={r.clip_norm}' for r in plan.releases)}. Set it in the module alone."
             )
         previous, self._restored = self._restored, None
+        self._probed_before = previous is not None and bool(previous["probed"])
         counts_lots = module.automatic_optimization or self._owns_releases  # else global_step counts every optimizer
         done = max(trainer.global_step, 0 if previous is None else int(previous["global_step"])) if counts_lots else 0
         self._begin(plan, Path(trainer.default_root_dir) / "privacy", previous, Fraction(min(done, steps or 1), steps or 1))
@@ -410,11 +413,12 @@ class PrivateTraining(pl.strategies.Strategy):
                 log.warning("%s What it chooses is outside the guarantee unless that number is from public data.", note)
 
     def _note_early_end(self) -> None:
-        made, planned = sum(self.account.spent.values()), sum((self.account.before + self.account.planned).values())
+        made = sum(self.account.spent.values()) - self.account.made_before
+        planned = sum(self.account.planned.values())
         if made < planned and not self.open_ended:
             note = (
-                f"Training ended after {made} of {planned} releases; the claim counts them all. That covers the moment of stopping only if "
-                "it was chosen by released numbers, the clock or chance, not by records."
+                f"Training ended after {made} of {planned} planned releases; the claim counts them all. That covers the moment of "
+                "stopping only if it was chosen by released numbers, the clock or chance, not by records."
             )
             self.account.notes.append(note)
             log.warning(note)
@@ -478,10 +482,11 @@ class PrivateTraining(pl.strategies.Strategy):
         return cast(Tensor, sum(parameter.sum() * 0.0 for parameter in engine.parameters.values()))
 
     def _public_step(self, engine: PerRecordEngine, optimizer: Any, closure: Callable[[], Any], model: Any, **kwargs: Any) -> Any:
-        if not any(optimizer is one for one in self._probed):
+        if not self._probed_before and not any(optimizer is one for one in self._probed):
             raise RuntimeError(
                 f"a {type(optimizer).__name__} that is not private steps now and did not in the check before training, so it is not "
-                f"known whether its gradient depends on records. Step it once within the first {SCHEDULE} batches, by batch_idx."
+                f"known whether its gradient depends on records. Step it once within the first {SCHEDULE} batches, by batch_idx or a "
+                "counter of the module's own; trainer.global_step stands still during the check."
             )
 
         def public_closure() -> Any:

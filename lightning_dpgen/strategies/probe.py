@@ -187,7 +187,12 @@ class Probe:
         ]
         try:
             for batch_idx in range(SCHEDULE):
-                found = [self._public_gradients(lot, batch_idx) for lot in (records, others[0], records[:-1])]
+                state, found = plain_attributes(self.module), []
+                for lot in (records, others[0], records[:-1]):
+                    vars(self.module).update(
+                        {name: copy.copy(value) for name, value in state.items()}
+                    )  # a counter of steps is the same for all three
+                    found.append(self._public_gradients(lot, batch_idx))
                 self._compare(found[0], found[1], "a gradient that changes with the records: it would carry them past the noise")
                 wide, narrow = ([value for value in one if not value.is_floating_point()] for one in (found[0], found[2]))
                 self._compare(wide, narrow, "as many samples as the lot has records, which is private: draw a fixed number of them")
@@ -266,12 +271,12 @@ def randomised(records: list[Any], others: list[list[Any]]) -> tuple[list[Any], 
 
 
 def unsettle(parameters: dict[str, nn.Parameter]) -> None:
-    """Moves every weight a little: behind a layer that starts at zero nothing could be seen."""
+    """Moves weights that start at zero: behind a layer of them nothing could be seen."""
     _seed(0)
     with torch.no_grad():
         for parameter in parameters.values():
-            scale = float(parameter.float().abs().mean())
-            parameter.add_(torch.randn_like(parameter), alpha=0.1 * (scale or 0.1))
+            if not parameter.any():
+                parameter.add_(torch.randn_like(parameter), alpha=0.01)
 
 
 def _integers(leaf: Any) -> Any:
@@ -306,12 +311,17 @@ def _arguments(module: nn.Module) -> int:
     return 2 if step.__code__.co_argcount > 2 or step.__code__.co_flags & 0x04 else 1
 
 
+def plain_attributes(module: Any) -> dict[str, Any]:
+    """Copies of what a step may count or collect on the module."""
+    return {k: copy.copy(v) for k, v in vars(module).items() if isinstance(v, (list, dict, set, int, float)) and not k.startswith("_")}
+
+
 @contextmanager
 def undisturbed(module: Any, strategy: PrivateTraining) -> Iterator[None]:
     """Weights, buffers, plain attributes, metrics, optimizers, schedulers, logging and random states are as before afterwards."""
     tensors = [*module.parameters(), *module.buffers()]
     values = [tensor.detach().clone() for tensor in tensors]
-    plain = {k: copy.copy(v) for k, v in vars(module).items() if isinstance(v, (list, dict, set, int, float)) and not k.startswith("_")}
+    plain = plain_attributes(module)
     schedulers = [(config.scheduler, copy.deepcopy(config.scheduler.state_dict())) for config in strategy.lr_scheduler_configs]
     groups = [[dict(group) for group in optimizer.param_groups] for optimizer in strategy.optimizers]
     metrics = [(m, copy.deepcopy(m._copy_state_dict()), m._update_count) for m in module.modules() if isinstance(m, Metric)]

@@ -137,7 +137,7 @@ def test_a_lot_skipped_for_what_it_holds(tmp_path, digits):
         def on_train_batch_start(self, batch, batch_idx):
             return -1 if batch_idx == 1 else None
 
-    with pytest.raises(RuntimeError, match="2 lots were drawn and 1 released"):
+    with pytest.raises(RuntimeError, match="2 lots were drawn and 1 not released"):
         fit(tmp_path, Skips(), records, 10, noise_multiplier=2.0, trainer_options={"max_steps": -1, "max_epochs": 1})
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from helpers import Mlp, Module, fit, flat, trainer
@@ -178,3 +180,51 @@ def test_weights_and_random_states_are_as_before(tmp_path, digit_records):
     start = flat(module)
     fit(tmp_path, module, digit_records, 16)
     assert torch.equal(flat(module), start)
+
+
+def test_averages_of_weights_may_be_kept_in_frozen_copies(tmp_path, digit_records):
+    class Averages(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.average = copy.deepcopy(self.net).requires_grad_(False)
+
+        def on_train_batch_end(self, *_):
+            for kept, new in zip(self.average.parameters(), self.net.parameters(), strict=True):
+                kept.data.mul_(0.9).add_(new.data, alpha=0.1)
+
+    run = fit(tmp_path, Averages(), digit_records, 8, noise_multiplier=1.0, trainer_options={"max_steps": 4})
+    assert len(run.strategy.ledger) == 4
+
+
+def test_a_weight_that_must_stay_in_its_range_is_left_there(tmp_path, digit_records):
+    class Bounded(Mlp):
+        def __init__(self):
+            super().__init__(lr=0.0)
+            self.gate = nn.Linear(1, 1, bias=False)
+            nn.init.constant_(self.gate.weight, 0.98)
+
+        def training_step(self, batch, batch_idx):
+            prior = torch.distributions.Bernoulli(self.gate(torch.ones(len(batch[0]), 1)))
+            return super().training_step(batch, batch_idx) - prior.log_prob(torch.ones(len(batch[0]), 1)).mean()
+
+    fit(tmp_path, Bounded(), digit_records, 8, trainer_options={"max_steps": 2})
+
+
+def test_a_schedule_by_the_trainer_s_own_count_goes_on_after_a_resume(tmp_path, digit_records):
+    class Counted(Gan):
+        def training_step(self, batch, batch_idx):
+            real = batch[0].flatten(1)
+            generator, discriminator = self.optimizers()
+            discriminator.zero_grad()
+            self.manual_backward(self.discriminator_loss(real))
+            discriminator.step()
+            if self.global_step % 5 in (0, 1):
+                generator.zero_grad()
+                self.manual_backward(self.generator_loss(real))
+                generator.step()
+
+    run = gan_fit(tmp_path, Counted(), digit_records, 8, noise_multiplier=1.0, trainer_options={"max_steps": 9})
+    run.save_checkpoint(tmp_path / "some.ckpt")
+    again = trainer(tmp_path, DPStrategy(noise_multiplier=1.0, private_modules="discriminator"), max_steps=30)
+    again.fit(Counted(), DataLoader(digit_records, batch_size=8), ckpt_path=tmp_path / "some.ckpt")
+    assert again.global_step >= 30

@@ -155,7 +155,7 @@ class Probe:
         self._check_gradient(rows)
         if type(self.engine).collect is not PerRecordEngine.collect:
             mine, theirs = tensors_of(self.engine.collect(self._count)), tensors_of(clipped_sum(rows, self.engine.clip_norm))
-            wrong = [n for n, value in theirs.items() if not _close(mine[n], value, self.tolerance)]
+            wrong = _apart(mine, theirs, self.tolerance)
             if wrong:
                 raise RuntimeError(f"the clipped sum of {', '.join(wrong[:6])} is not that of its rows. Use grad_sample='hooks'.")
         return rows
@@ -165,11 +165,8 @@ class Probe:
         if len({len(value) for value in rows.values()}) != 1 or isinstance(self.engine, SingleRecordEngine):
             return
         share = self._count if self.engine.loss_reduction == "mean" else 1
-        wrong = []
-        for name, parameter in self.engine.parameters.items():
-            plain = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            if not _close(rows[name].sum(0) / share, plain, self.tolerance):
-                wrong.append(name)
+        plain = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in self.engine.parameters.items()}
+        wrong = _apart({name: value.sum(0) / share for name, value in rows.items()}, plain, self.tolerance)
         if wrong:
             raise RowDependenceError(
                 f"the per-record gradients of {', '.join(wrong[:6])} do not add up to its gradient: a weight that is also used outside its "
@@ -300,9 +297,18 @@ def _seed(seed: int) -> None:
     random.seed(seed)
 
 
-def _close(one: Tensor, other: Tensor, tolerance: float) -> bool:
-    scale = max(float(value.nan_to_num(posinf=0, neginf=0).abs().max()) for value in (one, other)) if one.numel() else 0.0
-    absolute = tolerance * scale + 1e-12
+def _scale(*values: Tensor) -> float:
+    return max((float(value.nan_to_num(posinf=0, neginf=0).abs().max()) for value in values if value.numel()), default=0.0)
+
+
+def _apart(mine: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float) -> list[str]:
+    """Names whose tensors differ. A gradient that is zero but for rounding, as before an InstanceNorm, is held to the others' scale."""
+    floor = 0.01 * _scale(*theirs.values())
+    return [name for name, value in theirs.items() if not _close(mine[name], value, tolerance, floor)]
+
+
+def _close(one: Tensor, other: Tensor, tolerance: float, floor: float = 0.0) -> bool:
+    absolute = tolerance * max(floor, _scale(one, other)) + 1e-12
     return one.shape == other.shape and torch.allclose(one.float(), other.float(), rtol=tolerance, atol=absolute, equal_nan=True)
 
 

@@ -15,12 +15,12 @@ from torch.func import grad, vmap
 from lightning_dpgen._validate import fail, positive, positive_int
 
 Gradients = dict[str, Tensor]
-GROUP = 16
+GROUP = 32
 """Rows that are added up in float32; their sums are added up in float64."""
 PIECE = 1024
 """Columns whose squares are added up at once."""
-ROUNDING = 1 + 2.0**-14
-"""A bound on how far one record moves a sum, of C, rounding included (norms to 4e-6, sums of 16 rows to 2.9e-5 of C)."""
+ROUNDING = 1 + 2.0**-12
+"""A bound on how far one record moves a sum, of C, rounding included (norms to 4e-6, sums of 32 rows to 1.2e-4 of C)."""
 _KEY = object()
 
 

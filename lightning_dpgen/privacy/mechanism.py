@@ -30,7 +30,7 @@ class GaussianMechanism:
 
     Privacy:
         Relation, sensitivity and count are the plan's. What passes is the clipped sum plus N(0, (zC)²) on every number (larger
-        by what rounding may add to C, 6e-5), drawn and added in float64 and rounded once. In this order: check, ledger,
+        by what rounding may add to C, 2.4e-4), drawn and added in float64 and rounded once. In this order: check, ledger,
         noise, so that a crash over-counts.
     """
 

@@ -26,7 +26,7 @@ from opacus import PrivacyEngine
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
-from torchvision.models import resnet18
+from torchvision.models.resnet import BasicBlock, ResNet
 
 from lightning_dpgen import DPStrategy
 from lightning_dpgen.nn.classifiers import CLASSIFIERS
@@ -38,8 +38,17 @@ def group_norm(channels: int) -> nn.Module:
     return nn.GroupNorm(min(32, channels), channels)
 
 
+class Block(BasicBlock):
+    """torchvision's without its addition in place, which Opacus's wrapper cannot take (this package's hooks can)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As torchvision's."""
+        out = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        return torch.relu(out + (x if self.downsample is None else self.downsample(x)))
+
+
 def residual() -> nn.Module:
-    network = resnet18(num_classes=10, norm_layer=group_norm)
+    network = ResNet(Block, [2, 2, 2, 2], num_classes=10, norm_layer=group_norm)
     for layer in network.modules():
         if isinstance(layer, nn.ReLU):
             layer.inplace = False

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from lightning_dpgen.strategies.private import PrivateTraining
 
 LOT = 4
+MOST = 0.05
+"""The largest tolerance: what mixes records moves rows by more."""
 SCHEDULE = 16
 """Batches by whose ``batch_idx`` every optimizer of manual optimization must have stepped once."""
 POOL = 32
@@ -73,6 +75,7 @@ class Probe:
             unsettle(self.engine.parameters)
             real = spread_records(self.loader.dataset)
             records, others = lots_of(real)
+            self.tolerance = max(self.tolerance, min(MOST, 5 * self._rounding(records)))
             check = self._check_hooks if isinstance(self.engine, HooksEngine) else self._check_rows
             check(*randomised(records, others))
             check(records, others[:1])  # as they are: missing values and other marks steer losses too
@@ -111,6 +114,22 @@ class Probe:
                 self._check_rows(records, others)
             except RowDependenceError:
                 raise error from None
+
+    def _rounding(self, records: list[Any]) -> float:
+        """How far rows move, of their largest number, when every weight moves in its last places: deep ReLU networks magnify it."""
+        weights = list(self.engine.parameters.values())
+        values = [weight.detach().clone() for weight in weights]
+        before = self._rows_of(records, 0)
+        _seed(0)
+        with torch.no_grad():
+            for weight in weights:
+                weight.mul_(1 + 1e-6 * torch.randn_like(weight))
+        after = self._rows_of(records, 0)
+        with torch.no_grad():
+            for weight, value in zip(weights, values, strict=True):
+                weight.copy_(value)
+        scale = _scale(*before.values())
+        return max(_scale(before[name] - after[name]) for name in before) / scale if scale else 0.0
 
     def _rows_of(self, records: Sequence[Any], seed: int, batch_idx: int = 0) -> dict[str, Tensor]:
         batch = batch_of(self.strategy, self.loader, records, seed)

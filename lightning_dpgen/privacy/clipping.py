@@ -115,10 +115,11 @@ def weighted_rows(rows: Tensor, factors: Tensor) -> Tensor:
     flat = as_matrix(rows).to(_wide(rows))
     if not (factors > 0).all():
         flat = torch.where(factors[:, None] > 0, flat, 0.0)
-    total = flat.new_zeros(flat.shape[1], dtype=torch.float64)
-    for part, weights in zip(flat.split(GROUP), factors.to(flat.dtype).split(GROUP), strict=True):
-        # A vector times a matrix is BLAS's gemv, which the reduced precisions of matrix products do not reach.
-        total += weights @ part
+    # A vector times a matrix is BLAS's gemv, which the reduced precisions of matrix products do not reach.
+    groups = zip(factors.to(flat.dtype).split(GROUP), flat.split(GROUP), strict=True)
+    total = torch.zeros((), dtype=torch.float64, device=flat.device)
+    for number, (weights, part) in enumerate(groups):
+        total = (weights @ part).double() if number == 0 else total.add_(weights @ part)
     return total.view(rows.shape[1:])
 
 

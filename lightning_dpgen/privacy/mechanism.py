@@ -127,6 +127,6 @@ class GaussianMechanism:
         dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
         for key, value in tensors_of(contribution).items():
             noise = self._stream.normal(value.shape, ROUNDING * event.noise_std, value.device)
-            wide = value.to(noise.device).double() + noise
+            wide = noise.add_(value.to(noise.device))
             released[key] = wide.to(dtype).to(value.device)
         return released

@@ -99,7 +99,8 @@ class SecretStream:
             values = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
         else:
             values = self._numpy.standard_normal(count)
-        noise = torch.from_numpy(values * std).reshape(shape)
+        values *= std
+        noise = torch.from_numpy(values).reshape(shape)
         return noise if device.type in ("cpu", "mps") else noise.to(device)
 
     def __reduce__(self) -> NoReturn:

@@ -1,6 +1,7 @@
 """Private generators, one LightningModule a file."""
 
 from lightning_dpgen.generators.base import PrivateGenerator, looking_at, to_bytes
+from lightning_dpgen.generators.gs_wgan import GSWGAN
 from lightning_dpgen.generators.private_set import MatchingSchedule, PrivateSetGeneration
 
-__all__ = ["MatchingSchedule", "PrivateGenerator", "PrivateSetGeneration", "looking_at", "to_bytes"]
+__all__ = ["GSWGAN", "MatchingSchedule", "PrivateGenerator", "PrivateSetGeneration", "looking_at", "to_bytes"]

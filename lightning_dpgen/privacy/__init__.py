@@ -2,7 +2,7 @@
 
 from lightning_dpgen.privacy.accounting import Epsilon, calibrate_noise_multiplier, epsilon
 from lightning_dpgen.privacy.budget import PrivacyBudget
-from lightning_dpgen.privacy.clipping import ClippedSum, clipped_gradient_sum, clipped_sum, per_record_gradients
+from lightning_dpgen.privacy.clipping import ClippedSum, clipped_gradient_sum, clipped_sum, grouped_clipped_sum, per_record_gradients
 from lightning_dpgen.privacy.ledger import LedgerError, PrivacyLedger
 from lightning_dpgen.privacy.mechanism import BudgetExhausted, GaussianMechanism
 from lightning_dpgen.privacy.noise import SecretStream
@@ -17,7 +17,7 @@ from lightning_dpgen.privacy.plan import (
     ReleaseEvent,
 )
 from lightning_dpgen.privacy.probe import RowDependenceError, check_row_independence
-from lightning_dpgen.privacy.sampling import FullPassChunks, PoissonLots, ShardBatches
+from lightning_dpgen.privacy.sampling import FullPassChunks, NoRecords, PoissonLots, assign_shards, draw_answers
 
 __all__ = [
     "BudgetExhausted",
@@ -29,6 +29,7 @@ __all__ = [
     "FullPassChunks",
     "GaussianMechanism",
     "LedgerError",
+    "NoRecords",
     "PoissonLots",
     "PoissonSampling",
     "PrivacyBudget",
@@ -39,11 +40,13 @@ __all__ = [
     "ReleaseEvent",
     "RowDependenceError",
     "SecretStream",
-    "ShardBatches",
+    "assign_shards",
     "calibrate_noise_multiplier",
     "check_row_independence",
     "clipped_gradient_sum",
     "clipped_sum",
+    "draw_answers",
     "epsilon",
+    "grouped_clipped_sum",
     "per_record_gradients",
 ]

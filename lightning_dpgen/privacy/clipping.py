@@ -28,8 +28,10 @@ class ClippedSum:
     """A sum of rows, each clipped to the same norm; built and added up only by this module.
 
     Args:
-        tensors: The sum by name, each of its parameter's shape, float64.
+        tensors: The sum by name, each of its parameter's shape, float64; several sums side by side, ``[count, …]``, where
+            ``count`` says so.
         clip_norm: The bound C on the norm of each row, taken over all its tensors together.
+        count: How many sums these are, each a release of its own; ``None`` for one.
 
     Privacy:
         **Private**: it leaves only through ``mechanism.release``. Removing a record's row moves the sum by at most C
@@ -37,29 +39,38 @@ class ClippedSum:
         float32 sum one record can decide whether many small rows are rounded away. How many rows there are is not kept.
     """
 
-    __slots__ = ("_clip_norm", "_tensors")
+    __slots__ = ("_clip_norm", "_count", "_tensors")
 
-    def __init__(self, tensors: Mapping[str, Tensor], clip_norm: float, *, _key: object = None) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], clip_norm: float, count: int | None = None, *, _key: object = None) -> None:
         if _key is not _KEY:
             raise TypeError("a ClippedSum is built by lightning_dpgen.privacy.clipping only: use clipped_sum(rows, clip_norm).")
         self._tensors = dict(tensors)
         self._clip_norm = clip_norm
+        self._count = count
 
     @property
     def clip_norm(self) -> float:
         """The bound C."""
         return self._clip_norm
 
+    @property
+    def count(self) -> int | None:
+        """How many sums, or ``None`` for a single one."""
+        return self._count
+
     def __add__(self, other: ClippedSum) -> ClippedSum:
         """The sum over both sets of rows, which must be of different records.
 
         Raises:
-            ValueError: If the clip norms differ.
+            ValueError: If the clip norms or the numbers of sums differ.
         """
-        if self.clip_norm != other.clip_norm:
-            raise ValueError(f"sums clipped to {self.clip_norm} and to {other.clip_norm} cannot be added.")
+        if (self.clip_norm, self.count) != (other.clip_norm, other.count):
+            raise ValueError(
+                f"{self.count or 1} sums clipped to {self.clip_norm} and {other.count or 1} sums clipped to {other.clip_norm} cannot be "
+                "added."
+            )
         added = {name: value + other._tensors[name] for name, value in self._tensors.items()}
-        return ClippedSum(added, self.clip_norm, _key=_KEY)
+        return ClippedSum(added, self.clip_norm, self.count, _key=_KEY)
 
 
 def row_norms(rows: Mapping[str, Tensor]) -> Tensor:
@@ -105,6 +116,32 @@ def clipped_sum(rows: Mapping[str, Tensor], clip_norm: float) -> ClippedSum:
     return ghost_clipped_sum(norms, weighted, clip_norm)
 
 
+def grouped_clipped_sum(rows: Mapping[str, Tensor], groups: Tensor, count: int, clip_norm: float) -> ClippedSum:
+    """Clips each row to ``clip_norm`` and adds it to the sum that its group names.
+
+    Args:
+        rows: Tensors ``[P, …]`` by name; ``P`` may be 0.
+        groups: ``[P]``: which of the ``count`` sums each row belongs to.
+        count: Number of sums.
+        clip_norm: C.
+
+    Returns:
+        ``count`` sums side by side, each of which is charged when they are released.
+
+    Privacy:
+        In each sum a row is bounded by C; a row with a non-finite number contributes nothing. One record may shape one row in
+        every sum: that is why each is a release of its own.
+    """
+    positive("clip_norm", clip_norm)
+    factors = _clip_factors(row_norms(rows), clip_norm)
+    sums = {}
+    for name, value in rows.items():
+        scaled = torch.where(factors[:, None] > 0, as_matrix(value).double(), 0.0) * factors[:, None]
+        empty = torch.zeros((count, scaled.shape[1]), dtype=torch.float64, device=value.device)
+        sums[name] = empty.index_add_(0, groups, scaled).view(count, *value.shape[1:])
+    return ClippedSum(sums, clip_norm, count, _key=_KEY)
+
+
 def weighted_rows(rows: Tensor, factors: Tensor) -> Tensor:
     """The sum of ``factors[i]`` times row ``i``, in float64; rows of factor 0 do not enter, even if they hold NaN.
 
@@ -136,7 +173,7 @@ def ghost_clipped_sum(norms: Tensor, weighted: Callable[[Tensor], Gradients], cl
         As :func:`clipped_sum`, provided that ``norms`` and ``weighted`` are of the same rows; a test holds every engine to it.
     """
     positive("clip_norm", clip_norm)
-    factors = torch.where(norms.isfinite(), (clip_norm / norms.clamp_min(1e-30)).clamp(max=1.0), 0.0)
+    factors = _clip_factors(norms, clip_norm)
     with torch.autocast(norms.device.type, enabled=False):
         return ClippedSum(weighted(factors), clip_norm, _key=_KEY)
 
@@ -210,6 +247,10 @@ def clipped_gradient_sum(
         if len(chunk[0]):
             total = total + clipped_sum(per_record_gradients(loss, parameters, chunk), clip_norm)
     return total
+
+
+def _clip_factors(norms: Tensor, clip_norm: float) -> Tensor:
+    return torch.where(norms.isfinite(), (clip_norm / norms.clamp_min(1e-30)).clamp(max=1.0), 0.0)
 
 
 def as_matrix(rows: Tensor) -> Tensor:

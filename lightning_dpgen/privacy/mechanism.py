@@ -11,7 +11,8 @@ from lightning_dpgen._validate import non_negative
 from lightning_dpgen.privacy.clipping import ROUNDING, ClippedSum, clipped_sum, tensors_of
 from lightning_dpgen.privacy.ledger import PrivacyLedger
 from lightning_dpgen.privacy.noise import SecretStream
-from lightning_dpgen.privacy.plan import PoissonSampling, PrivacyPlan
+from lightning_dpgen.privacy.plan import DisjointShards, PoissonSampling, PrivacyPlan
+from lightning_dpgen.privacy.sampling import assign_shards, draw_answers
 
 
 class BudgetExhausted(RuntimeError):
@@ -48,6 +49,7 @@ class GaussianMechanism:
         self.capped = capped
         self._stream = stream
         self._released_lot: bool | None = None
+        self._drawn: int | None = None
         self._lots, self._paid = 0, len(ledger)
         self._events = {release.name: plan.release_event(release.name, noise_multiplier) for release in plan.releases}
 
@@ -85,8 +87,34 @@ class GaussianMechanism:
                 "which lots do not may tell of records: step the private optimizer (or call release) once for every lot."
             )
 
+    def assign_shards(self) -> Tensor:
+        """Record indices of each shard, ``[K, ⌈N / K⌉]``, filled up with -1: drawn anew at every call, to be called once and kept.
+
+        Raises:
+            TypeError: If the plan's sampling is not by shards.
+        """
+        return torch.from_numpy(assign_shards(self._shards(), self._stream))
+
+    def draw_answers(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Row and shard of each answer that the next release of ``rows`` sums may hold; see :func:`.sampling.draw_answers`.
+
+        Privacy:
+            SECRET. Good for one release, which is refused without it.
+
+        Raises:
+            TypeError: If the plan's sampling is not by shards.
+        """
+        row, shard = draw_answers(self._shards(), rows, self._stream)
+        self._drawn = rows
+        return torch.from_numpy(row), torch.from_numpy(shard)
+
+    def _shards(self) -> DisjointShards:
+        if not isinstance(self.plan.sampling, DisjointShards):
+            raise TypeError(f"the plan samples by {type(self.plan.sampling).__name__}; shards are of DisjointShards.")
+        return self.plan.sampling
+
     def release(self, name: str, contribution: ClippedSum | Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Releases one noisy sum.
+        """Releases one noisy sum, or as many as ``contribution`` holds side by side, each charged.
 
         Args:
             name: Which of the plan's releases this is.
@@ -102,7 +130,7 @@ class GaussianMechanism:
         Raises:
             ValueError: If the plan has no release of that name, or with another clip norm.
             BudgetExhausted: If the plan allows no more of them.
-            RuntimeError: If this Poisson lot was released before.
+            RuntimeError: If this Poisson lot was released before, or no fresh answers were drawn for this many sums of shards.
         """
         release = self.plan.release(name)
         if not isinstance(contribution, ClippedSum):
@@ -112,16 +140,28 @@ class GaussianMechanism:
                 f"release {name!r}: rows were clipped to {contribution.clip_norm}, the plan says {release.clip_norm}: the "
                 "noise would not fit. Take the clip norm from the plan."
             )
-        if self.capped and self.remaining(name) < 1:
-            raise BudgetExhausted(f"release {name!r}: all {release.count} planned releases are spent (ledger {self.ledger.run_id}).")
+        sums = contribution.count or 1
+        if self.capped and self.remaining(name) < sums:
+            left = f"{self.remaining(name)} left of" if self.remaining(name) > 0 else "none is left of"
+            raise BudgetExhausted(
+                f"release {name!r}: {sums} asked for, {left} {release.count} planned releases (ledger {self.ledger.run_id})."
+            )
         if self._released_lot and isinstance(self.plan.sampling, PoissonSampling):
             raise RuntimeError(
                 f"release {name!r}: this lot was released already; the plan counts one release of each Poisson lot. Use one optimizer "
                 "step and one closure call a lot, and take further critic steps on further lots."
             )
+        if isinstance(self.plan.sampling, PoissonSampling) and contribution.count is not None:
+            raise RuntimeError(f"release {name!r}: {sums} sums side by side of one Poisson lot; the plan counts one release of each lot.")
+        if isinstance(self.plan.sampling, DisjointShards) and self._drawn != sums:
+            raise RuntimeError(
+                f"release {name!r}: {sums} sums, but answers were drawn for {self._drawn}. Call draw_answers({sums}) before each release, "
+                "and let only the shards that it names answer."
+            )
         self._refuse_skipped(len(self.ledger) - self._paid + 1)
         event = self._events[name]
-        self.ledger.charge(event)
+        self.ledger.charge(event, sums)
+        self._drawn = None
         self._released_lot = None if self._released_lot is None else True
         released = {}
         dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32

@@ -1,6 +1,6 @@
-"""Which records enter which batch: Poisson lots, disjoint shards, full passes.
+"""Which records enter which batch: Poisson lots, full passes, disjoint shards.
 
-All three are batch samplers for a ``DataLoader``: they yield lists of record indices. Their randomness is SECRET.
+The classes are batch samplers for a ``DataLoader``: they yield lists of record indices. All randomness here is SECRET.
 """
 
 from __future__ import annotations
@@ -69,42 +69,66 @@ class FullPassChunks(Sampler[list[int]]):
             yield list(range(start, min(start + self.chunk_size, self.sampling.records)))
 
 
-class ShardBatches(Sampler[list[int]]):
-    """The records of each shard as one batch, shard after shard.
+class NoRecords(Sampler[list[int]]):
+    """Empty lots: steps of a method whose networks read their own shards.
 
     Args:
-        sampling: N and the number of shards.
-        stream: The SECRET stream that draws the assignment.
-        assignment: Shard of each record ``[N]``, from a checkpoint. A shard assignment is drawn once and never again: a
-            second draw would let a record shape two networks.
-
-    Attributes:
-        assignment: Shard of each record ``[N]``; private, kept in the private checkpoint.
-
-    Privacy:
-        Shards are disjoint, equal in size to within one record, and independent of what the records hold.
-
-    Raises:
-        ValueError: If ``assignment`` does not have one shard number for each record.
+        sampling: The shards.
+        lots: Steps in one pass of the loader.
+        minibatch: The loader's batch size: records that one network sees at once.
     """
 
-    def __init__(self, sampling: DisjointShards, stream: SecretStream, assignment: NDArray[np.int64] | None = None) -> None:
+    def __init__(self, sampling: DisjointShards, lots: int, minibatch: int) -> None:
         self.sampling = sampling
-        if assignment is None:
-            assignment = np.empty(sampling.records, dtype=np.int64)
-            assignment[stream.permutation(sampling.records)] = np.arange(sampling.records) % sampling.count
-        if assignment.shape != (sampling.records,) or assignment.min() < 0 or assignment.max() >= sampling.count:
-            raise ValueError(
-                f"the shard assignment has shape {assignment.shape}; it must hold one shard from 0 to {sampling.count - 1} for "
-                f"each of the {sampling.records} records."
-            )
-        self.assignment = assignment
+        self.lots = positive_int("lots", lots)
+        self.minibatch = positive_int("minibatch", minibatch)
 
     def __len__(self) -> int:
-        return self.sampling.count
+        return self.lots
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = np.argsort(self.assignment, kind="stable")
-        ends = np.cumsum(np.bincount(self.assignment, minlength=self.sampling.count))
-        for shard in np.split(order, ends[:-1]):
-            yield shard.tolist()
+        for _ in range(self.lots):
+            yield []
+
+
+def assign_shards(sampling: DisjointShards, stream: SecretStream) -> NDArray[np.int64]:
+    """Splits the records over the shards.
+
+    Args:
+        sampling: N and the number of shards K.
+        stream: The SECRET stream.
+
+    Returns:
+        Record indices ``[K, ⌈N / K⌉]``; where N is not a multiple of K, the shorter shards end with -1.
+
+    Privacy:
+        Shards are disjoint, equal in size to within one record, and independent of what the records hold. An assignment is
+        private, drawn once and kept: a second one would let a record shape two networks.
+    """
+    rows = -(-sampling.records // sampling.count)
+    table = np.full(rows * sampling.count, -1, dtype=np.int64)
+    table[: sampling.records] = stream.permutation(sampling.records)
+    return np.ascontiguousarray(table.reshape(rows, sampling.count).T)
+
+
+def draw_answers(sampling: DisjointShards, rows: int, stream: SecretStream) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which shard's network answers for which released row: each pair independently with probability asked / count.
+
+    Args:
+        sampling: K and the expected number m of answers.
+        rows: Number of rows.
+        stream: The SECRET stream.
+
+    Returns:
+        Row and shard of each answer, ordered by shard. All pairs where ``asked == count``.
+
+    Privacy:
+        Fresh at every call and never published: the amplification by m / K rests on it.
+    """
+    shape = (sampling.count, rows)
+    if sampling.asked == sampling.count:
+        included = np.ones(shape, dtype=bool)
+    else:
+        included = stream.uniform(rows * sampling.count).reshape(shape) < sampling.asked / sampling.count
+    shard, row = np.nonzero(included)
+    return row.astype(np.int64), shard.astype(np.int64)

@@ -96,10 +96,9 @@ class PrivacyAccount:
         """ε of everything so far; 0 before the first release."""
         return epsilon(self.spent.items(), self.terms.delta, relation).value
 
-    def epsilon_after(self, steps: int) -> float:
-        """ε of the ledger and of ``steps`` more releases of each kind that the plan names."""
-        mechanism = self.ready()
-        ahead = {event: steps for event, _ in mechanism.plan.events(mechanism.noise_multiplier)}
+    def epsilon_after(self, plan: PrivacyPlan) -> float:
+        """ε of the ledger and of all that ``plan`` would add with the noise in force."""
+        ahead = dict(plan.events(self.ready().noise_multiplier))
         return epsilon((self.spent + Counter(ahead)).items(), self.terms.delta).value
 
     def is_spent(self) -> bool:

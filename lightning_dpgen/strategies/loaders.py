@@ -17,7 +17,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from lightning_dpgen.privacy.noise import SecretStream
 from lightning_dpgen.privacy.plan import FullPass, PoissonSampling, Sampling
-from lightning_dpgen.privacy.sampling import FullPassChunks, PoissonLots
+from lightning_dpgen.privacy.sampling import FullPassChunks, NoRecords, PoissonLots
 from lightning_dpgen.strategies.engine import record_count
 
 
@@ -55,6 +55,23 @@ class PrivateLoader(DataLoader[Any]):
                 except StopIteration:
                     return
             yield lot
+
+
+def all_records(loader: DataLoader[Any], chunk: int = 1000) -> tuple[Any, ...]:
+    """Every record behind a private loader, in order, as one batch; what a data set draws at random is drawn once.
+
+    Args:
+        loader: A loader that :func:`private_loader` made.
+        chunk: Records that are collated at once.
+
+    Privacy:
+        Private: the records themselves.
+    """
+    collate = cast(EmptyAwareCollate, loader.collate_fn).collate
+    reader = DataLoader(loader.dataset, batch_size=chunk, collate_fn=collate)
+    with fresh_randomness(torch.device("cpu")):
+        chunks = [tuple(batch) for batch in reader]
+    return tuple(torch.cat(leaves) for leaves in zip(*chunks, strict=True))
 
 
 class EmptyAwareCollate:
@@ -131,7 +148,8 @@ def private_loader(loader: DataLoader[Any], sampling: Sampling, stream: SecretSt
 
     Args:
         loader: A loader that passed :func:`check_loader`.
-        sampling: Poisson lots, a full pass in chunks of the loader's batch size.
+        sampling: Poisson lots; a full pass in chunks of the loader's batch size; shards, which networks read by themselves, so that
+            a lot holds no record.
         stream: The SECRET stream.
         rank: Which of several processes this is.
         world: Number of processes; the loader's batch size is that of all of them together.
@@ -140,14 +158,14 @@ def private_loader(loader: DataLoader[Any], sampling: Sampling, stream: SecretSt
         The sampler is the one that the plan is accounted for; lots may be empty and are never padded or dropped.
     """
     batch_sampler: Sampler[list[int]]
+    whole, rest = divmod(sampling.records, cast(int, loader.batch_size))
+    lots = whole if loader.drop_last else whole + bool(rest)
     if isinstance(sampling, PoissonSampling):
-        whole, rest = divmod(sampling.records, cast(int, loader.batch_size))
-        lots = whole if loader.drop_last else whole + bool(rest)
         batch_sampler = PoissonLots(sampling, lots, stream, rank, world)
     elif isinstance(sampling, FullPass):
         batch_sampler = FullPassChunks(sampling, cast(int, loader.batch_size))
     else:
-        raise ValueError(f"sampling {type(sampling).__name__} is not run by a training loader; its module keeps its own shards.")
+        batch_sampler = NoRecords(sampling, lots, cast(int, loader.batch_size))
     options: dict[str, Any] = {
         "num_workers": loader.num_workers,
         "pin_memory": loader.pin_memory,

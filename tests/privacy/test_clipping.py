@@ -9,6 +9,7 @@ from lightning_dpgen.privacy.clipping import (
     ClippedSum,
     clipped_gradient_sum,
     clipped_sum,
+    grouped_clipped_sum,
     per_record_gradients,
     row_norms,
     tensors_of,
@@ -121,7 +122,7 @@ def test_only_this_module_builds_sums_and_only_equal_clip_norms_add():
         ClippedSum({"a": torch.ones(1)}, 1.0)
     one, other = clipped_sum({"a": torch.ones(1, 1)}, 1.0), clipped_sum({"a": torch.ones(1, 1)}, 2.0)
     assert float(tensors_of(one + one)["a"]) == 2.0
-    with pytest.raises(ValueError, match=r"1\.0 and to 2\.0"):
+    with pytest.raises(ValueError, match=r"1\.0 and 1 sums clipped to 2\.0"):
         _ = one + other
 
 
@@ -145,3 +146,24 @@ def test_a_clip_norm_cannot_be_rewritten():
     total = clipped_sum({"a": torch.ones(2, 3)}, 0.1)
     with pytest.raises(AttributeError):
         total.clip_norm = 5.0
+
+
+def test_grouped_sums_are_the_loop_over_rows():
+    torch.manual_seed(0)
+    rows = {"a": torch.randn(7, 2, 3) * 3, "b": torch.randn(7)}
+    rows["a"][2, 0, 0] = float("nan")
+    groups = torch.tensor([0, 4, 0, 1, 4, 4, 1])
+    total = grouped_clipped_sum(rows, groups, 5, 1.5)
+    assert (total.count, total.clip_norm) == (5, 1.5)
+    for group in range(5):
+        kept = [row for row in range(7) if groups[row] == group and row != 2]
+        for name, value in tensors_of(total).items():
+            expected = torch.zeros(rows[name].shape[1:], dtype=torch.float64)
+            for row in kept:
+                norm = torch.sqrt(sum(leaf[row].double().square().sum() for leaf in rows.values()))
+                expected += rows[name][row].double() * min(1.0, 1.5 / float(norm))
+            torch.testing.assert_close(value[group], expected, atol=1e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match="5 sums"):
+        total + grouped_clipped_sum(rows, groups, 6, 1.5)
+    empty = grouped_clipped_sum({"a": torch.zeros(0, 3)}, torch.zeros(0, dtype=torch.int64), 2, 1.0)
+    assert tensors_of(empty)["a"].tolist() == [[0.0] * 3] * 2

@@ -7,6 +7,7 @@ import torch
 
 from lightning_dpgen.privacy import (
     BudgetExhausted,
+    DisjointShards,
     FullPass,
     GaussianMechanism,
     PoissonSampling,
@@ -15,6 +16,7 @@ from lightning_dpgen.privacy import (
     Release,
     SecretStream,
     clipped_sum,
+    grouped_clipped_sum,
 )
 
 COORDINATES = 20_000
@@ -90,7 +92,7 @@ def test_what_the_plan_does_not_allow_is_refused_and_not_charged():
         door.release("sum", clipped_sum(rows(), 0.4))
     assert len(door.ledger) == 0
     door.release("sum", rows())
-    with pytest.raises(BudgetExhausted, match="all 1 planned"):
+    with pytest.raises(BudgetExhausted, match="none is left of 1 planned"):
         door.release("sum", rows())
     assert len(door.ledger) == 1
     mechanism(count=1, capped=False).release("sum", rows())
@@ -143,3 +145,42 @@ def test_where_noise_comes_from_is_said_for_each_device():
     assert "CUDA Philox" in SecretStream().source(torch.device("cuda"))
     assert "PCG64DXSM, 256 bits" in SecretStream().source(torch.device("cpu"))
     assert "AES" in SecretStream(secure=True).source(torch.device("cuda"))
+
+
+def shards(asked: int = 1, count: int = 10, **options) -> GaussianMechanism:
+    plan = PrivacyPlan(DisjointShards(100, 10, asked), (Release("answers", 1.0, count, zero_out_factor=2.0),))
+    return GaussianMechanism(plan, 1.0, PrivacyLedger(None), SecretStream(), **options)
+
+
+def answers(count: int):
+    return grouped_clipped_sum({"x": torch.ones(2, 3)}, torch.tensor([0, 1]), count, 1.0)
+
+
+def test_sums_side_by_side_are_charged_one_by_one_and_need_fresh_answers():
+    door = shards()
+    with pytest.raises(RuntimeError, match=r"draw_answers\(4\)"):
+        door.release("answers", answers(4))
+    door.draw_answers(4)
+    assert door.release("answers", answers(4))["x"].shape == (4, 3)
+    assert len(door.ledger) == 4
+    assert door.ledger.event() == shards(count=4).plan.event(1.0)
+    with pytest.raises(RuntimeError, match="drawn for None"):
+        door.release("answers", answers(4))
+    door.draw_answers(3)
+    with pytest.raises(RuntimeError, match="drawn for 3"):
+        door.release("answers", answers(4))
+    door.draw_answers(7)
+    with pytest.raises(BudgetExhausted, match="7 asked for, 6 left of 10 planned"):
+        door.release("answers", answers(7))
+    assert len(door.ledger) == 4
+
+
+def test_a_poisson_lot_has_one_sum_and_no_shards():
+    plan = PrivacyPlan(PoissonSampling(100, 10), (Release("answers", 1.0, 10),))
+    door = GaussianMechanism(plan, 1.0, PrivacyLedger(None), SecretStream())
+    with pytest.raises(RuntimeError, match="2 sums side by side of one Poisson lot"):
+        door.release("answers", answers(2))
+    for draw in (door.assign_shards, lambda: door.draw_answers(2)):
+        with pytest.raises(TypeError, match="DisjointShards"):
+            draw()
+    assert len(door.ledger) == 0

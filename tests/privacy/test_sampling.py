@@ -3,7 +3,16 @@ import math
 import numpy as np
 import pytest
 
-from lightning_dpgen.privacy import DisjointShards, FullPass, FullPassChunks, PoissonLots, PoissonSampling, SecretStream, ShardBatches
+from lightning_dpgen.privacy import (
+    DisjointShards,
+    FullPass,
+    FullPassChunks,
+    PoissonLots,
+    PoissonSampling,
+    SecretStream,
+    assign_shards,
+    draw_answers,
+)
 
 LOTS = 2000
 
@@ -51,13 +60,32 @@ def test_a_full_pass_sees_every_record_once():
     assert len(sampler) == 3
 
 
-def test_shards_are_disjoint_equal_and_kept():
+def test_shards_are_disjoint_equal_and_secret():
     sampling = DisjointShards(101, 10)
-    first = ShardBatches(sampling, SecretStream())
-    shards = list(first)
-    assert sorted(sum(shards, [])) == list(range(101))
-    assert {len(shard) for shard in shards} == {10, 11}
-    assert list(ShardBatches(sampling, SecretStream(), first.assignment)) == shards
-    assert list(ShardBatches(sampling, SecretStream())) != shards
-    with pytest.raises(ValueError, match="one shard"):
-        ShardBatches(sampling, SecretStream(), first.assignment[:50])
+    table = assign_shards(sampling, SecretStream())
+    assert table.shape == (10, 11)
+    assert sorted(table[table >= 0].tolist()) == list(range(101))
+    assert set((table >= 0).sum(1)) == {10, 11}
+    assert (assign_shards(sampling, SecretStream()) != table).any()  # equal with probability below 1e-100
+
+
+def test_answers_are_independent_draws_at_the_accounted_rate():
+    # 200 draws of 20 x 50 pairs at rate 0.06. Each pair's frequency has a standard error of 0.0168: 1,000 of them stay within 8
+    # (a count of 39 where 12 are expected) but for a chance of 2e-6. Sums of disjoint halves of a draw: a correlation of 200 draws
+    # beyond 0.4 has a chance of 2e-8.
+    sampling, stream = DisjointShards(1000, 50, 3), SecretStream()
+    drawn = np.zeros((200, 20, 50))
+    for one in drawn:
+        one[draw_answers(sampling, 20, stream)] += 1
+    assert drawn.max() == 1
+    assert np.abs(drawn.mean(0) - 0.06).max() < 8 * 0.0168
+    assert drawn.mean() == pytest.approx(0.06, abs=6 * 0.0168 / np.sqrt(1000))
+    for halves in (drawn.reshape(200, 2, -1), drawn.transpose(0, 2, 1).reshape(200, 2, -1)):
+        assert abs(np.corrcoef(halves.sum(2).T)[0, 1]) < 0.4
+    assert abs(np.corrcoef(drawn[:-1].sum((1, 2)), drawn[1:].sum((1, 2)))[0, 1]) < 0.4
+
+
+def test_all_shards_answer_where_all_are_asked_and_pairs_come_by_shard():
+    row, shard = draw_answers(DisjointShards(100, 4, 4), 3, SecretStream())
+    assert row.tolist() == [0, 1, 2] * 4
+    assert shard.tolist() == sorted(list(range(4)) * 3)

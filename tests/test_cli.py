@@ -12,8 +12,9 @@ import torch
 import yaml
 from PIL import Image
 
-from lightning_dpgen import load_release
+from lightning_dpgen import GSWGAN, load_release
 from lightning_dpgen.cli import main
+from lightning_dpgen.generators import gs_wgan
 
 CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
 SMALL = [
@@ -63,6 +64,29 @@ def test_every_generator_config_runs_and_makes_a_release(config, place, idx_root
     assert load_release(release).epsilon <= 10
     assert main(["verify", str(release)]) == 0
     assert not [path for path in place.rglob("*") if ":" in path.name]
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("gs_wgan_*.yaml")), ids=lambda path: path.stem)
+def test_every_gs_wgan_config_runs_and_makes_a_release(config, place, idx_root, monkeypatch):
+    monkeypatch.setattr(gs_wgan, "FAKES", 2)
+    monkeypatch.setattr(GSWGAN, "release_labels", lambda self: torch.arange(self.num_classes).repeat_interleave(20))
+    settings = yaml.safe_load(config.read_text())
+    settings["trainer"] |= {"max_steps": 2, "accelerator": "cpu", "enable_progress_bar": False}
+    for callback in settings["trainer"]["callbacks"]:
+        if callback["class_path"] == "TSTREvaluation":
+            callback["init_args"] = {"seeds": [0], "classifiers": ["LogReg"]}
+    settings["model"].setdefault("init_args", {}).update(num_critics=10, batch_size=20, warm_up_steps=1)
+    if "root" in settings["data"]["init_args"]:
+        settings["data"]["init_args"]["root"] = str(idx_root)
+    if settings["data"]["class_path"] == "ImagesDataModule":
+        own_images(place)
+    settings["data"]["init_args"]["batch_size"] = 2
+    (place / "small.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["fit", "--config", "small.yaml"]) == 0
+    release = place / settings["trainer"]["callbacks"][-1]["init_args"]["path"]
+    assert main(["verify", str(release)]) == 0
+    assert main(["generate", str(release), "more", "--per_class", "2"]) == 0
+    assert len(list((place / "more").rglob("*.png"))) == 2 * len(load_release(release).class_names)
 
 
 def test_the_classifier_config_trains_and_is_tested(place, idx_root, capsys):

@@ -61,6 +61,27 @@ def test_a_generator_that_makes_one_image_is_named(tmp_path, caplog, monkeypatch
     assert "collapsed to one image" in caplog.text
 
 
+def test_a_class_whose_samples_are_alike_is_named_and_numbers_stand_beside_the_rows(tmp_path, caplog, monkeypatch):
+    from PIL import Image
+
+    def sample(self, labels, generator=None):
+        images = torch.rand((len(labels), 1, 8, 8), generator=torch.Generator().manual_seed(1))
+        images[labels == 3] = images[0] * 0.5
+        return images
+
+    monkeypatch.setattr(PrivateSetGeneration, "sample", sample)
+    run(tmp_path / "one", [SampleGrid(per_class=4)])
+    assert "alike" not in caplog.text  # one image a class by design
+    assert "collapsed" not in caplog.text
+    monkeypatch.setattr(PrivateSetGeneration, "release_labels", lambda self: torch.arange(10).repeat(5))
+    run(tmp_path / "many", [SampleGrid(per_class=4)])
+    assert "the samples of class 3 differ by less than 0.02" in caplog.text
+    pictures = [Image.open(next((tmp_path / name / "samples").glob("*.png"))) for name in ("one", "many")]
+    assert pictures[1].width == pictures[0].width + 80
+    margin = torch.tensor(list(pictures[1].convert("L").crop((pictures[0].width, 0, *pictures[1].size)).getdata()))
+    assert 20 < int((margin < 128).sum())
+
+
 def test_looking_changes_nothing(tmp_path, monkeypatch):
     """The same run with and without callbacks ends in the same images, bit for bit."""
     from lightning_dpgen.privacy import GaussianMechanism

@@ -1,8 +1,8 @@
 """Critics of disjoint shards: K of them, trained at once and asked one by one.
 
 What GS-WGAN and later teacher methods share: the shards, two kinds of critics with the same two verbs (``improve`` on
-records, ``answer`` for generated images), and the aggregation of their answers. Everything here is **private** but the
-sum that :func:`sum_of_answers` hands to ``mechanism.release``.
+records, ``answer`` for generated images). Everything here is **private**; answers leave by ``mechanism.release_answers``, which
+clips and adds up GS-WGAN's rows as it would those of another aggregation (binned votes, signs).
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-
-from lightning_dpgen.privacy.clipping import ClippedSum, grouped_clipped_sum
 
 IMAGES_AT_ONCE = 4096
 """Images that all critics of a chunk look at together."""
@@ -53,6 +51,22 @@ class Shards:
         return table
 
 
+def fingerprints(images: Tensor, labels: Tensor) -> Tensor:
+    """A 64-bit mark of each record's bits, ``[N]``, by which a later fit knows that it has the same records in the same order.
+
+    Args:
+        images: ``[N, …]``.
+        labels: ``[N]``.
+
+    Privacy:
+        Private, kept in the private checkpoint beside the assignment.
+    """
+    bits = images.float().contiguous().view(torch.int32).flatten(1)
+    odd = torch.randint(-(2**62), 2**62, (bits.shape[1] + 1,), generator=torch.Generator().manual_seed(0)).to(bits.device) * 2 + 1
+    sums = [(part.long() * odd[:-1]).sum(1) for part in bits.split(1000)]  # wraps around: a multilinear hash modulo 2^64
+    return torch.cat(sums) + labels * odd[-1]
+
+
 class CriticEnsemble(nn.Module):
     """K networks of one architecture, their parameters stacked ``[K, …]``, trained as Wasserstein critics with gradient penalty.
 
@@ -60,7 +74,8 @@ class CriticEnsemble(nn.Module):
     works number by number, and nothing (no norm, no scale, no skipped step) is shared.
 
     Args:
-        critic: A network ``(images [N, C, H, W], labels [N]) -> [N]``, without buffers, that does not mix the images of a batch.
+        critic: A network ``(images [N, C, H, W], labels [N]) -> [N]`` without buffers. It is asked about one image at a time, so
+            that an answer cannot depend on what else its critic was asked.
         count: K.
         rate: Adam's learning rate (betas 0.5, 0.9).
         gradient_penalty: Weight of (‖∇f‖ - 1)² between real and fake (Gulrajani et al., NeurIPS 2017).
@@ -70,7 +85,7 @@ class CriticEnsemble(nn.Module):
         Private: never in a public state. Which critics answer has no influence on how any of them is trained.
 
     Raises:
-        ValueError: If the critic has buffers or mixes images.
+        ValueError: If the critic has buffers.
     """
 
     def __init__(self, critic: nn.Module, count: int, rate: float, gradient_penalty: float, drift_penalty: float) -> None:
@@ -136,7 +151,7 @@ class CriticEnsemble(nn.Module):
         self.optimizer.zero_grad()
 
     def _loss(self, weights: list[Tensor], real: Tensor, fake: Tensor, labels: Tensor) -> Tensor:
-        share = torch.rand((*labels.shape, 1, 1, 1), device=real.device)
+        share = torch.rand((*labels.shape, 1, 1, 1), device=real.device, dtype=real.dtype)
         between = (share * real + (1 - share) * fake).requires_grad_()
         slope = torch.autograd.grad(self.scores(weights, between, labels).sum(), between, create_graph=True)[0]
         steepness = slope.flatten(2).norm(dim=2)
@@ -175,7 +190,8 @@ class CriticEnsemble(nn.Module):
             tiled.requires_grad_()
             weights = [parameter.detach()[asked[start : start + size]] for parameter in self.stacked]
             with torch.enable_grad():
-                gradient = torch.autograd.grad(-self.scores(weights, tiled, of).sum(), tiled)[0]
+                scores = vmap(self.scores, in_dims=(None, 1, 1))(weights, tiled[:, :, None], of[:, :, None])
+                gradient = torch.autograd.grad(-scores.sum(), tiled)[0]
             rows[chosen] = gradient[row, column]
         return rows
 
@@ -193,7 +209,8 @@ class PotentialCritics(nn.Module):
         iterations: Sinkhorn's iterations.
 
     Privacy:
-        An answer is a function of the public batch and of the records of one class in one shard; it has norm at most 1.
+        An answer is a function of the public batch and of the records of one class in one shard (up to rounding in float64); it has
+        norm at most 1.
     """
 
     def __init__(self, sharpness: float, iterations: int) -> None:
@@ -222,7 +239,7 @@ class PotentialCritics(nn.Module):
             index = table[part // classes, part % classes]
             answers = self.directions(points[part % classes], records[index.clamp_min(0)], index >= 0)
             chosen = (group >= start) & (group < start + at_once)
-            rows[chosen] = answers[group[chosen] - start, sample[chosen] % of_class]
+            rows[chosen] = answers[group[chosen] - start, sample[chosen] % of_class].to(rows.dtype)
         return rows
 
     def directions(self, points: Tensor, others: Tensor, present: Tensor) -> Tensor:
@@ -237,7 +254,9 @@ class PotentialCritics(nn.Module):
             ``[g, b, d]``: the mean over the others, as the plan sends there, of the unit vector away from each.
         """
         with torch.autocast(points.device.type, enabled=False), torch.no_grad():
-            points, others = points.float(), others.float()
+            # In float64, since the widths of these tensors follow the largest class of any shard, and rounding follows the widths.
+            # What is only there to fill up must not be multiplied, not even by 0: it may be NaN.
+            points, others = points.double(), others.double().masked_fill(~present[:, :, None], 0.0)
             squares = points.square().sum(2)[:, None] + others.square().sum(2)[:, :, None] - 2 * others @ points.transpose(1, 2)
             distance = squares.clamp_min(1e-6).sqrt()
             cost = (distance / self.sharpness).masked_fill(~present[:, :, None], torch.inf)
@@ -251,18 +270,3 @@ class PotentialCritics(nn.Module):
             plan = torch.softmax(there[:, :, None] - cost, 1) / distance
             plan = plan.masked_fill(~present[:, :, None], 0.0)
             return points * plan.sum(1)[:, :, None] - plan.transpose(1, 2) @ others
-
-
-def sum_of_answers(rows: Tensor, sample: Tensor, count: int, clip_norm: float) -> ClippedSum:
-    """For each generated image the sum of its clipped answers: GS-WGAN's aggregation.
-
-    Args:
-        rows: ``[P, …]``.
-        sample: ``[P]``: which image each is about.
-        count: Number of images.
-        clip_norm: C.
-
-    Privacy:
-        A record shapes one critic, so it moves each sum by at most 2C, and only where that critic was asked.
-    """
-    return grouped_clipped_sum({"images": rows}, sample, count, clip_norm)

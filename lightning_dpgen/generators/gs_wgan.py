@@ -7,6 +7,7 @@ Chen, Orekondy and Fritz, "GS-WGAN: A Gradient-Sanitized Approach for Learning D
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +19,7 @@ from torch.func import functional_call
 
 from lightning_dpgen._validate import fail, non_negative, one_of, positive, positive_int
 from lightning_dpgen.generators.base import PrivateGenerator
-from lightning_dpgen.generators.critic_ensemble import CriticEnsemble, PotentialCritics, Shards, sum_of_answers
+from lightning_dpgen.generators.critic_ensemble import CriticEnsemble, PotentialCritics, Shards, fingerprints
 from lightning_dpgen.nn.critics import CRITICS
 from lightning_dpgen.nn.generators import GENERATORS
 from lightning_dpgen.privacy.plan import DisjointShards, PrivacyPlan, Release
@@ -64,7 +65,7 @@ class GSWGAN(PrivateGenerator):
         warm_up_checkpoint: Critic steps after which the warm-up writes ``warm-up.ckpt`` to the trainer's folder.
         num_classes: Number of classes; the data module's if not given.
         image_shape: ``(C, H, W)``; the data module's if not given.
-        origin: Where the arguments' values come from, for the certificate.
+        origin: Where the arguments' values come from, for the certificate; else "set by the user" for what is not a default.
 
     Privacy:
         Relation: zero-out, and the same figure for replace-one. Sampling: records are split once into K shards, by a SECRET
@@ -76,7 +77,9 @@ class GSWGAN(PrivateGenerator):
         a schedule that does not depend on who was included, against generators that are functions of earlier releases. So,
         given the earlier releases and the other critics' inclusion, one image's release is (1-q)N(0)+qN(a) with the one data
         set and (1-q)N(0)+qN(b) with the other, |a|, |b| <= C, whatever the record did to its critic: a null record changes
-        it as arbitrarily as another record does. The antipodal pair a = -b dominates at every order, and images and steps
+        it as arbitrarily as another record does. (An answer depends on one critic and on what is public: networks are asked
+        about one image at a time, potentials about the whole public batch.) The antipodal pair a = -b dominates at every
+        order, and images and steps
         compose adaptively: B·T subsampled Gaussians, which is what the library's replace-one pair is. What is not included
         leaves no trace: asking a critic changes no state. With m = K nothing is secret, and each release is a Gaussian of
         sensitivity 2C. Everything after a release is post-processing.
@@ -86,6 +89,7 @@ class GSWGAN(PrivateGenerator):
     """
 
     assignment: Tensor
+    record_marks: Tensor
     warm_up_done: Tensor
     waves: Tensor
 
@@ -114,7 +118,7 @@ class GSWGAN(PrivateGenerator):
         warm_up_checkpoint: int = 100,
         num_classes: int | None = None,
         image_shape: tuple[int, int, int] | None = None,
-        origin: str = DEFAULTS_FROM,
+        origin: str | None = None,
     ) -> None:
         super().__init__(num_classes, image_shape)
         self.save_hyperparameters(ignore=[n for n, v in (("critic", critic), ("generator", generator)) if isinstance(v, nn.Module)])
@@ -162,10 +166,11 @@ class GSWGAN(PrivateGenerator):
             self.critics: CriticEnsemble | PotentialCritics = PotentialCritics(self.sharpness, self.iterations)
         else:
             network = CRITICS[critic](self.num_classes, self.image_shape) if isinstance(critic, str) else critic
-            _check_rows(network, self.image_shape, self.num_classes)
+            _check_critic(network, self.image_shape, self.num_classes)
             self.critics = CriticEnsemble(network, self.num_critics, self.critic_lr, *self.penalties)
         self.register_buffer("waves", low_frequencies(self.image_shape, self.basis), persistent=False)
         self.register_buffer("assignment", torch.empty((0, 0), dtype=torch.int64))
+        self.register_buffer("record_marks", torch.empty(0, dtype=torch.int64))
         self.register_buffer("warm_up_done", torch.tensor(0))
 
     def configure_privacy(self, records: int, steps: int, batch_size: int) -> PrivacyPlan:
@@ -192,28 +197,44 @@ class GSWGAN(PrivateGenerator):
     # Shards and critics ---------------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
-        """Reads the records into their shards and warms the critics up, from where a checkpoint left off."""
-        loader = self.trainer.train_dataloader
-        records = all_records(cast(Any, loader))
-        if len(records) != 2 or records[0].shape[1:] != torch.Size(self.image_shape):
-            raise ValueError(
-                f"records must be (image {self.image_shape}, label); the loader gives {[tuple(leaf.shape) for leaf in records]}."
-            )
+        """Reads the records into their shards and warms the critics up, from where a checkpoint left off.
+
+        Raises:
+            ValueError: If the records are not images and labels, or not those, in that order, on which the critics were trained.
+        """
+        loader = cast(Any, self.trainer.train_dataloader)
+        images, labels = self._read(all_records(loader, self.trainer.strategy.batch_to_device))
         if self.assignment.numel() == 0:
             self.assignment = self.mechanism.assign_shards().to(self.device)
-        if self.assignment.shape[0] != self.num_critics or int(self.assignment.max()) + 1 != len(records[0]):
-            raise ValueError(
-                f"these critics were trained on {int(self.assignment.max()) + 1} records in {len(self.assignment)} shards; now there are "
-                f"{len(records[0])} in {self.num_critics}. A record may shape one critic only: start with a new module."
-            )
+            self.record_marks = fingerprints(images, labels)
+        self._check_same_records(images, labels)
         with fresh_randomness(self.device):
-            self._shards = Shards(records[0].to(self.device), records[1].to(self.device), self.assignment)
+            self._shards = Shards(images, labels, self.assignment)
             if self._trains_critics:
-                self._minibatch = cast(int, cast(Any, loader).batch_sampler.minibatch)
+                self._minibatch = int(loader.batch_sampler.minibatch)
                 self._warm_up()
             else:
                 self._by_class = self._shards.by_class(self.num_classes)
-                self._record_points = self._points(self._shards.images)
+                self._record_points = self._points(images)
+
+    def _read(self, records: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+        if len(records) != 2 or records[0].shape[1:] != torch.Size(self.image_shape) or records[1].shape != records[0].shape[:1]:
+            found = [tuple(leaf.shape) for leaf in records]
+            raise ValueError(f"records must be (image {self.image_shape}, label); the loader gives {found}.")
+        return records[0].to(self.waves), records[1].to(self.device, torch.int64)
+
+    def _check_same_records(self, images: Tensor, labels: Tensor) -> None:
+        if self.assignment.shape[0] != self.num_critics or len(self.record_marks) != len(images):
+            raise ValueError(
+                f"these critics were trained on {len(self.record_marks)} records in {len(self.assignment)} shards; now there are "
+                f"{len(images)} in {self.num_critics}. A record may shape one critic only: start with a new module."
+            )
+        changed = int((fingerprints(images, labels) != self.record_marks).sum()) if self._trains_critics else 0
+        if changed:
+            raise ValueError(
+                f"{changed} of {len(images)} records are not those, in that order, on which these critics were trained; a record may shape "
+                "one critic only. Give the same records in the same order, without random transforms, or start with a new module."
+            )
 
     def _warm_up(self) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -253,7 +274,8 @@ class GSWGAN(PrivateGenerator):
         super().on_load_checkpoint(checkpoint)
         if "assignment" not in checkpoint["state_dict"]:
             raise ValueError("the checkpoint holds no shard assignment; without it a record would shape two critics. Start a new run.")
-        self.assignment = torch.empty_like(checkpoint["state_dict"]["assignment"], device=self.device)
+        for name in ("assignment", "record_marks"):
+            setattr(self, name, torch.empty_like(checkpoint["state_dict"][name], device=self.device))
         if isinstance(self.critics, CriticEnsemble):
             self.critics.restore = checkpoint["critics_optimizer"]
 
@@ -275,8 +297,8 @@ class GSWGAN(PrivateGenerator):
         images = self.generator(self._latent(self.batch_size), labels)
         sample, critic = (index.to(self.device) for index in self.mechanism.draw_answers(self.batch_size))
         with fresh_randomness(self.device):
-            total = sum_of_answers(self._answers(images.detach(), labels, sample, critic), sample, self.batch_size, self.clip_norm)
-        direction = self.mechanism.release(ANSWER_SUM, total)["images"] / self.critics_per_sample
+            answers = self._answers(images.detach(), labels, sample, critic)
+        direction = self.mechanism.release_answers(ANSWER_SUM, {"images": answers})["images"] / self.critics_per_sample
         if not self._trains_critics and self.spread:
             direction = direction - self.spread * self._away_from_each_other(images.detach(), labels)
         optimizer = cast(Any, self.optimizers())
@@ -308,13 +330,13 @@ class GSWGAN(PrivateGenerator):
         return images.flatten(1) @ self.waves.T
 
     def _pixels(self, points: Tensor) -> Tensor:
-        return (points @ self.waves).view(-1, *self.image_shape)
+        return (points.to(self.waves.dtype) @ self.waves).view(-1, *self.image_shape)
 
     def _latent(self, count: int) -> Tensor:
         shape = (count, self.latent_dim)
         if self.latent == "normal":
-            return torch.randn(shape, device=self.device)
-        return torch.randint(2, shape, device=self.device).float()
+            return torch.randn(shape, device=self.device, dtype=self.waves.dtype)
+        return torch.randint(2, shape, device=self.device).to(self.waves.dtype)
 
     @torch.no_grad()
     def _update_average(self) -> None:
@@ -328,15 +350,16 @@ class GSWGAN(PrivateGenerator):
 
     def sample(self, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Images of the averaged generator, a latent of its own for each label."""
-        device = self.waves.device
+        device, shape = self.waves.device, (len(labels), self.latent_dim)
         if self.latent == "normal":
-            latent = torch.randn((len(labels), self.latent_dim), generator=generator, device=device)
+            latent = torch.randn(shape, generator=generator, device=device)
         else:
-            latent = torch.randint(2, (len(labels), self.latent_dim), generator=generator, device=device).float()
+            latent = torch.randint(2, shape, generator=generator, device=device)
+        latent = latent.to(self.waves.dtype)
         self.average.eval()
         with torch.no_grad():
             parts = zip(latent.split(1000), labels.to(device).split(1000), strict=True)
-            return torch.cat([self.average(z, y) for z, y in parts]).clamp(0, 1)
+            return torch.cat([self.average(z, y) for z, y in parts]).float().clamp(0, 1)
 
     def public_state(self) -> dict[str, Tensor]:
         """The averaged generator, and nothing of any critic."""
@@ -348,8 +371,19 @@ class GSWGAN(PrivateGenerator):
         self.generator.load_state_dict(state)
 
     def knobs(self) -> dict[str, dict[str, Any]]:
-        """Every argument with its origin."""
-        return {name: {"value": value, "origin": self.origin} for name, value in self.hparams.items() if name != "origin"}
+        """Every argument and the critics' minibatch, each with its origin."""
+        defaults = {name: p.default for name, p in inspect.signature(type(self).__init__).parameters.items()}
+        values = {**self.hparams, "critic": _name(self._critic[0]), "generator": _name(self._generator[0])}
+        found = {}
+        for name, value in values.items():
+            untouched = name in defaults and value == defaults[name]
+            found[name] = {"value": value, "origin": self.origin or (DEFAULTS_FROM if untouched else "set by the user")}
+        for name in ("num_classes", "image_shape"):
+            found[name] = {"value": getattr(self, name), "origin": "declared, never read from records"}
+        if self._trains_critics:
+            found["critic_minibatch"] = {"value": getattr(self, "_minibatch", None), "origin": self.origin or "set by the user"}
+        del found["origin"]
+        return found
 
 
 def low_frequencies(image_shape: tuple[int, int, int], side: int | None) -> Tensor:
@@ -370,16 +404,13 @@ def low_frequencies(image_shape: tuple[int, int, int], side: int | None) -> Tens
     return torch.kron(torch.eye(image_shape[0]), torch.kron(axes[0], axes[1]))
 
 
-def _check_rows(critic: nn.Module, image_shape: tuple[int, int, int], num_classes: int) -> None:
-    """Raises unless a critic judges each image by itself."""
-    images, labels = torch.rand(4, *image_shape), torch.arange(4) % num_classes
-    modes = critic.training
-    critic.eval()
+def _name(network: str | nn.Module) -> str:
+    return network if isinstance(network, str) else type(network).__name__
+
+
+def _check_critic(critic: nn.Module, image_shape: tuple[int, int, int], num_classes: int) -> None:
+    """Raises unless a critic gives one number an image."""
     with torch.no_grad():
-        together, alone = critic(images, labels), critic(images[:1], labels[:1])
-    critic.train(modes)
-    if together.shape != (4,) or not torch.allclose(together[:1], alone, rtol=1e-3, atol=1e-5):
-        raise ValueError(
-            f"critic {type(critic).__name__} must give one number an image, {tuple(together.shape)} for 4, and judge each by itself: a "
-            "layer that mixes images would tell one row which other critics were asked. Remove it (BatchNorm, minibatch statistics)."
-        )
+        scores = critic(torch.rand(4, *image_shape), torch.arange(4) % num_classes)
+    if scores.shape != (4,):
+        raise ValueError(f"critic {type(critic).__name__} gives {tuple(scores.shape)} for 4 images; it must give [N], a number an image.")

@@ -199,7 +199,7 @@ def sum_over_processes(total: ClippedSum, add_up: Callable[[Tensor], Tensor]) ->
     Privacy:
         Clipped before it is added up, so that a record still moves the result by at most C.
     """
-    return ClippedSum({name: add_up(total._tensors[name]) for name in sorted(total._tensors)}, total.clip_norm, _key=_KEY)
+    return ClippedSum({name: add_up(total._tensors[name]) for name in sorted(total._tensors)}, total.clip_norm, total.count, _key=_KEY)
 
 
 def per_record_gradients(loss: Callable[..., Tensor], parameters: Mapping[str, Tensor], records: tuple[Tensor, ...]) -> Gradients:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_dpgen._validate import non_negative
-from lightning_dpgen.privacy.clipping import ROUNDING, ClippedSum, clipped_sum, tensors_of
+from lightning_dpgen.privacy.clipping import ROUNDING, ClippedSum, clipped_sum, grouped_clipped_sum, tensors_of
 from lightning_dpgen.privacy.ledger import PrivacyLedger
 from lightning_dpgen.privacy.noise import SecretStream
 from lightning_dpgen.privacy.plan import DisjointShards, PoissonSampling, PrivacyPlan
@@ -49,7 +49,7 @@ class GaussianMechanism:
         self.capped = capped
         self._stream = stream
         self._released_lot: bool | None = None
-        self._drawn: int | None = None
+        self._drawn: tuple[int, Tensor] | None = None
         self._lots, self._paid = 0, len(ledger)
         self._events = {release.name: plan.release_event(release.name, noise_multiplier) for release in plan.releases}
 
@@ -96,17 +96,49 @@ class GaussianMechanism:
         return torch.from_numpy(assign_shards(self._shards(), self._stream))
 
     def draw_answers(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Row and shard of each answer that the next release of ``rows`` sums may hold; see :func:`.sampling.draw_answers`.
+        """Row and shard of each answer that the next :meth:`release_answers` will hold; see :func:`.sampling.draw_answers`.
 
         Privacy:
-            SECRET. Good for one release, which is refused without it.
+            SECRET, and good for one release. A draw cannot be taken back for another.
 
         Raises:
             TypeError: If the plan's sampling is not by shards.
+            RuntimeError: If the last draw was not released.
         """
-        row, shard = draw_answers(self._shards(), rows, self._stream)
-        self._drawn = rows
-        return torch.from_numpy(row), torch.from_numpy(shard)
+        shards = self._shards()
+        if self._drawn is not None:
+            raise RuntimeError("answers were drawn and not released: a second draw would be a choice among draws. Call release_answers().")
+        row, shard = (torch.from_numpy(index) for index in draw_answers(shards, rows, self._stream))
+        self._drawn = rows, row
+        return row, shard
+
+    def release_answers(self, name: str, answers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """For each row of the last draw the noisy sum of its clipped answers, each row a release that is charged.
+
+        Args:
+            name: Which of the plan's releases this is.
+            answers: Tensors ``[P, …]`` by name, one answer for each pair of the draw, in its order.
+
+        Returns:
+            Tensors ``[rows, …]`` by name.
+
+        Privacy:
+            Answer p must be computed from nothing but shard ``shard[p]`` and what is public. Then a record is in one answer to a
+            row at most, which moves that row's sum by 2C at most.
+
+        Raises:
+            RuntimeError: If no answers were drawn.
+            ValueError: If there is not one answer for each pair.
+        """
+        self._shards()
+        if self._drawn is None:
+            raise RuntimeError("no answers were drawn: call draw_answers(rows) first, and let only the shards that it names answer.")
+        rows, row = self._drawn
+        found = {key: len(value) for key, value in answers.items()}
+        if set(found.values()) != {len(row)}:
+            raise ValueError(f"release {name!r}: {len(row)} answers were drawn, {found} are given. Give one for each, in the draw's order.")
+        place = row.to(next(iter(answers.values())).device)
+        return self._release(name, grouped_clipped_sum(answers, place, rows, self.plan.release(name).clip_norm))
 
     def _shards(self) -> DisjointShards:
         if not isinstance(self.plan.sampling, DisjointShards):
@@ -114,7 +146,7 @@ class GaussianMechanism:
         return self.plan.sampling
 
     def release(self, name: str, contribution: ClippedSum | Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Releases one noisy sum, or as many as ``contribution`` holds side by side, each charged.
+        """Releases one noisy sum.
 
         Args:
             name: Which of the plan's releases this is.
@@ -130,16 +162,26 @@ class GaussianMechanism:
         Raises:
             ValueError: If the plan has no release of that name, or with another clip norm.
             BudgetExhausted: If the plan allows no more of them.
-            RuntimeError: If this Poisson lot was released before, or no fresh answers were drawn for this many sums of shards.
+            RuntimeError: If this Poisson lot was released before, or the plan samples by shards.
         """
         release = self.plan.release(name)
+        if isinstance(self.plan.sampling, DisjointShards):
+            raise RuntimeError(
+                f"release {name!r}: the plan samples by shards, whose answers go through draw_answers() and release_answers()."
+            )
         if not isinstance(contribution, ClippedSum):
             contribution = clipped_sum(contribution, release.clip_norm)
+        if contribution.count is not None:
+            raise RuntimeError(f"release {name!r}: {contribution.count} sums side by side; release() lets out one.")
         if contribution.clip_norm != release.clip_norm:
             raise ValueError(
                 f"release {name!r}: rows were clipped to {contribution.clip_norm}, the plan says {release.clip_norm}: the "
                 "noise would not fit. Take the clip norm from the plan."
             )
+        return self._release(name, contribution)
+
+    def _release(self, name: str, contribution: ClippedSum) -> dict[str, Tensor]:
+        release = self.plan.release(name)
         sums = contribution.count or 1
         if self.capped and self.remaining(name) < sums:
             left = f"{self.remaining(name)} left of" if self.remaining(name) > 0 else "none is left of"
@@ -150,13 +192,6 @@ class GaussianMechanism:
             raise RuntimeError(
                 f"release {name!r}: this lot was released already; the plan counts one release of each Poisson lot. Use one optimizer "
                 "step and one closure call a lot, and take further critic steps on further lots."
-            )
-        if isinstance(self.plan.sampling, PoissonSampling) and contribution.count is not None:
-            raise RuntimeError(f"release {name!r}: {sums} sums side by side of one Poisson lot; the plan counts one release of each lot.")
-        if isinstance(self.plan.sampling, DisjointShards) and self._drawn != sums:
-            raise RuntimeError(
-                f"release {name!r}: {sums} sums, but answers were drawn for {self._drawn}. Call draw_answers({sums}) before each release, "
-                "and let only the shards that it names answer."
             )
         self._refuse_skipped(len(self.ledger) - self._paid + 1)
         event = self._events[name]

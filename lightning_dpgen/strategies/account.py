@@ -101,10 +101,10 @@ class PrivacyAccount:
         ahead = dict(plan.events(self.ready().noise_multiplier))
         return epsilon((self.spent + Counter(ahead)).items(), self.terms.delta).value
 
-    def is_spent(self) -> bool:
-        """Whether a budget was given and allows no further release."""
+    def is_spent(self, step: PrivacyPlan) -> bool:
+        """Whether a budget was given and allows nothing of what ``step``, the plan of one trainer step, would release."""
         mechanism = self.ready()
-        return self.terms.budget is not None and all(mechanism.remaining(r.name) < 1 for r in mechanism.plan.releases)
+        return self.terms.budget is not None and all(mechanism.remaining(r.name) < r.count for r in step.releases)
 
     def begin(self, plan: PrivacyPlan, folder: Path, previous: dict[str, Any] | None, share_done: Fraction) -> GaussianMechanism:
         """Opens a fit: calibrates or continues, merges what a checkpoint knows, checks the budget.

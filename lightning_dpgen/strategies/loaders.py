@@ -57,11 +57,12 @@ class PrivateLoader(DataLoader[Any]):
             yield lot
 
 
-def all_records(loader: DataLoader[Any], chunk: int = 1000) -> tuple[Any, ...]:
+def all_records(loader: DataLoader[Any], transfer: Callable[[Any], Any], chunk: int = 1000) -> tuple[Any, ...]:
     """Every record behind a private loader, in order, as one batch; what a data set draws at random is drawn once.
 
     Args:
         loader: A loader that :func:`private_loader` made.
+        transfer: What a batch goes through before a training step: precision, device, the module's and data module's hooks.
         chunk: Records that are collated at once.
 
     Privacy:
@@ -70,7 +71,7 @@ def all_records(loader: DataLoader[Any], chunk: int = 1000) -> tuple[Any, ...]:
     collate = cast(EmptyAwareCollate, loader.collate_fn).collate
     reader = DataLoader(loader.dataset, batch_size=chunk, collate_fn=collate)
     with fresh_randomness(torch.device("cpu")):
-        chunks = [tuple(batch) for batch in reader]
+        chunks = [tuple(transfer(batch)) for batch in reader]
     return tuple(torch.cat(leaves) for leaves in zip(*chunks, strict=True))
 
 

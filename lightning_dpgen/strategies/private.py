@@ -162,6 +162,8 @@ class PrivateTraining(pl.strategies.Strategy):
             self._private = private_optimizer(self.optimizers, module, roots)
         self._prepare(trainer, module)
         if self._owns_releases:
+            self._check_sampling(trainer)
+            check_collate(self, cast(Any, trainer.train_dataloader))  # before the module can read a record
             cast(Any, module).mechanism = self.mechanism
         else:
             self._attach(module, roots)
@@ -191,16 +193,8 @@ class PrivateTraining(pl.strategies.Strategy):
     def on_train_start(self) -> None:
         """Checks the loader once more and, for a user's module, that rows depend on their own records."""
         super().on_train_start()
-        loader = self._module.trainer.train_dataloader
-        sampling = getattr(getattr(loader, "batch_sampler", None), "sampling", None)
-        if not isinstance(loader, DataLoader) or sampling != self.plan.sampling:
-            raise ValueError(
-                f"the training data is a {type(loader).__name__} sampled by {sampling}; a private run needs exactly one DataLoader, "
-                f"sampled as planned: {self.plan.sampling}."
-            )
-        if self._engine is None:
-            check_collate(self, loader)
-        else:
+        loader = self._check_sampling(self._module.trainer)
+        if self._engine is not None:
             self._engine.settle()
             self._engine.check_modes()
             self._probe = Probe(self, self._engine, loader, super().training_step)
@@ -347,6 +341,16 @@ class PrivateTraining(pl.strategies.Strategy):
     @property
     def _owns_releases(self) -> bool:
         return callable(getattr(self._module, "configure_privacy", None))
+
+    def _check_sampling(self, trainer: pl.Trainer) -> DataLoader[Any]:
+        loader = trainer.train_dataloader
+        sampling = getattr(getattr(loader, "batch_sampler", None), "sampling", None)
+        if not isinstance(loader, DataLoader) or sampling != self.plan.sampling:
+            raise ValueError(
+                f"the training data is a {type(loader).__name__} sampled by {sampling}; a private run needs exactly one DataLoader, "
+                f"sampled as planned: {self.plan.sampling}."
+            )
+        return loader
 
     def _check_own_releases(self, module: pl.LightningModule) -> None:
         name = type(module).__name__
@@ -515,7 +519,7 @@ class PrivateTraining(pl.strategies.Strategy):
     def _stop_if_spent(self) -> None:
         trainer = self._module.trainer
         self._note_logged(trainer)
-        if not self.account.is_spent():
+        if not self.account.is_spent(self._plan_of(1)):
             return
         trainer.should_stop = True
         if not trainer.fit_loop._can_stop_early:

@@ -12,6 +12,7 @@ from lightning_dpgen.privacy.clipping import (
     grouped_clipped_sum,
     per_record_gradients,
     row_norms,
+    sum_over_processes,
     tensors_of,
 )
 
@@ -163,6 +164,7 @@ def test_grouped_sums_are_the_loop_over_rows():
                 norm = torch.sqrt(sum(leaf[row].double().square().sum() for leaf in rows.values()))
                 expected += rows[name][row].double() * min(1.0, 1.5 / float(norm))
             torch.testing.assert_close(value[group], expected, atol=1e-6, rtol=1e-5)
+    assert sum_over_processes(total, lambda value: 2 * value).count == (total + total).count == 5
     with pytest.raises(ValueError, match="5 sums"):
         total + grouped_clipped_sum(rows, groups, 6, 1.5)
     empty = grouped_clipped_sum({"a": torch.zeros(0, 3)}, torch.zeros(0, dtype=torch.int64), 2, 1.0)

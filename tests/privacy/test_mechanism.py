@@ -152,35 +152,37 @@ def shards(asked: int = 1, count: int = 10, **options) -> GaussianMechanism:
     return GaussianMechanism(plan, 1.0, PrivacyLedger(None), SecretStream(), **options)
 
 
-def answers(count: int):
-    return grouped_clipped_sum({"x": torch.ones(2, 3)}, torch.tensor([0, 1]), count, 1.0)
+def test_answers_are_clipped_summed_by_row_charged_one_by_one_and_drawn_afresh():
+    door = shards(asked=3, count=100)
+    door._stream.normal = lambda shape, std, device: torch.zeros(shape, dtype=torch.float64)
+    row, _ = door.draw_answers(40)
+    rows = torch.randn(len(row), 3) * 2
+    released = door.release_answers("answers", {"x": rows})["x"]
+    expected = torch.zeros(40, 3)
+    for one, place in zip(rows, row, strict=True):
+        expected[place] += one / max(1.0, float(one.norm()))
+    torch.testing.assert_close(released, expected, atol=1e-5, rtol=1e-5)
+    assert len(door.ledger) == 40
+    assert door.ledger.event() == shards(asked=3, count=40).plan.event(1.0)
+    with pytest.raises(RuntimeError, match="no answers were drawn"):
+        door.release_answers("answers", {"x": rows})
+    row, _ = door.draw_answers(61)
+    with pytest.raises(RuntimeError, match="a second draw"):
+        door.draw_answers(61)
+    with pytest.raises(ValueError, match=f"{len(row)} answers were drawn"):
+        door.release_answers("answers", {"x": torch.ones(len(row) + 1, 3)})
+    with pytest.raises(BudgetExhausted, match="61 asked for, 60 left of 100 planned"):
+        door.release_answers("answers", {"x": torch.ones(len(row), 3)})
+    assert len(door.ledger) == 40
 
 
-def test_sums_side_by_side_are_charged_one_by_one_and_need_fresh_answers():
-    door = shards()
-    with pytest.raises(RuntimeError, match=r"draw_answers\(4\)"):
-        door.release("answers", answers(4))
-    door.draw_answers(4)
-    assert door.release("answers", answers(4))["x"].shape == (4, 3)
-    assert len(door.ledger) == 4
-    assert door.ledger.event() == shards(count=4).plan.event(1.0)
-    with pytest.raises(RuntimeError, match="drawn for None"):
-        door.release("answers", answers(4))
-    door.draw_answers(3)
-    with pytest.raises(RuntimeError, match="drawn for 3"):
-        door.release("answers", answers(4))
-    door.draw_answers(7)
-    with pytest.raises(BudgetExhausted, match="7 asked for, 6 left of 10 planned"):
-        door.release("answers", answers(7))
-    assert len(door.ledger) == 4
-
-
-def test_a_poisson_lot_has_one_sum_and_no_shards():
-    plan = PrivacyPlan(PoissonSampling(100, 10), (Release("answers", 1.0, 10),))
-    door = GaussianMechanism(plan, 1.0, PrivacyLedger(None), SecretStream())
-    with pytest.raises(RuntimeError, match="2 sums side by side of one Poisson lot"):
-        door.release("answers", answers(2))
-    for draw in (door.assign_shards, lambda: door.draw_answers(2)):
+def test_shards_answer_by_their_own_door_only():
+    with pytest.raises(RuntimeError, match=r"release_answers\(\)"):
+        shards().release("answers", {"x": torch.ones(2, 3)})
+    door = mechanism()
+    with pytest.raises(RuntimeError, match="2 sums side by side"):
+        door.release("sum", grouped_clipped_sum({"a": torch.ones(2, 3)}, torch.tensor([0, 1]), 2, 0.5))
+    for call in (door.assign_shards, lambda: door.draw_answers(2), lambda: door.release_answers("sum", {})):
         with pytest.raises(TypeError, match="DisjointShards"):
-            draw()
+            call()
     assert len(door.ledger) == 0

@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             print(f"dpgen: no command {command!r}; there are fit, test, {', '.join(COMMANDS)}.\n\n{USAGE}", file=sys.stderr)
             return 2
-    except (ValueError, FileExistsError, BudgetExhausted, LedgerError, RowDependenceError) as error:
+    except (ValueError, FileExistsError, FileNotFoundError, BudgetExhausted, LedgerError, RowDependenceError) as error:
         print(f"dpgen {command}: {error}", file=sys.stderr)
         return 1
     return 0

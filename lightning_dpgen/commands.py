@@ -153,7 +153,13 @@ def generate(release: str, output: str, per_class: int = 100, seed: int = 0, for
     if not (isinstance(kind, type) and issubclass(kind, generators.PrivateGenerator)):
         raise fail("release", release, f"made by one of this package's generators, not by {stated['class']}")
     generator = kind(**stated["arguments"])
-    generator.load_public_state(loaded.parameters)
+    try:
+        generator.load_public_state(loaded.parameters)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{release} holds a generator network of its maker's own, which {stated['class']}({stated['arguments']}) does not build. In "
+            "Python, build the module with that network and call load_public_state(load_release(…).parameters)."
+        ) from error
     labels = torch.arange(generator.num_classes).repeat_interleave(positive_int("per_class", per_class))
     with generators.looking_at(generator):
         images = generator.sample(labels, torch.Generator().manual_seed(seed))

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 IMAGES_AT_ONCE = 4096
-"""Images that all critics of a chunk look at together."""
+"""Images that all critics of a chunk look at together in training."""
+QUESTIONS_AT_ONCE = 64
+"""Questions that are answered together."""
 
 
 @dataclass(frozen=True)
@@ -166,33 +168,30 @@ class CriticEnsemble(nn.Module):
             images: ``[B, C, H, W]``, generated.
             labels: ``[B]``.
             sample: ``[P]``: of each question, which image.
-            critic: ``[P]``, in order: which critic.
+            critic: ``[P]``: which critic; in order where all are asked about all.
 
         Returns:
             ``[P, C, H, W]``.
 
         Privacy:
-            Row p is a function of ``images[sample[p]]`` and of critic ``critic[p]``. Writes no state.
+            Row p is a function of ``images[sample[p]]`` and of critic ``critic[p]``, to the last bit: unless everybody is asked,
+            questions go in batches of one fixed shape, so that who else was asked does not even change how a device rounds.
+            Writes no state.
         """
         self._template.eval()
         rows = images.new_zeros((len(sample), *images.shape[1:]))
-        asked, group = critic.unique_consecutive(return_inverse=True)
-        first = torch.searchsorted(group, torch.arange(len(asked), device=group.device))
-        place = torch.arange(len(group), device=group.device) - first[group]  # the how-manieth question to its critic
-        most = int(place.max()) + 1 if len(place) else 0
-        size = max(1, IMAGES_AT_ONCE // max(1, most))
-        for start in range(0, len(asked), size):
-            chosen = (group >= start) & (group < start + size)
-            row, column = group[chosen] - start, place[chosen]
-            tiled = images.new_zeros((min(size, len(asked) - start), most, *images.shape[1:]))
-            of = labels.new_zeros(tiled.shape[:2])
-            tiled[row, column], of[row, column] = images[sample[chosen]], labels[sample[chosen]]
-            tiled.requires_grad_()
-            weights = [parameter.detach()[asked[start : start + size]] for parameter in self.stacked]
+        questions = torch.arange(len(sample), device=images.device)
+        everybody = len(sample) == self.count * len(images)
+        questions = questions.view(self.count, -1) if everybody else questions[:, None]
+        size = min(len(questions), max(1, QUESTIONS_AT_ONCE // max(1, questions.shape[1])))
+        for table in questions.split(size) if len(sample) else ():
+            filled = torch.cat([table, questions[:1].expand(size - len(table), -1)])
+            asked = images[sample[filled]].requires_grad_()
+            weights = [parameter.detach()[critic[filled[:, 0]]] for parameter in self.stacked]
             with torch.enable_grad():
-                scores = vmap(self.scores, in_dims=(None, 1, 1))(weights, tiled[:, :, None], of[:, :, None])
-                gradient = torch.autograd.grad(-scores.sum(), tiled)[0]
-            rows[chosen] = gradient[row, column]
+                scores = vmap(self.scores, in_dims=(None, 1, 1))(weights, asked[:, :, None], labels[sample[filled]][:, :, None])
+                gradient = torch.autograd.grad(-scores.sum(), asked)[0]
+            rows[table.flatten()] = gradient[: len(table)].flatten(0, 1)
         return rows
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import math
 from pathlib import Path
 from typing import Any, cast
@@ -25,11 +26,18 @@ from lightning_dpgen.nn.generators import GENERATORS
 from lightning_dpgen.privacy.plan import DisjointShards, PrivacyPlan, Release
 from lightning_dpgen.strategies.loaders import all_records, fresh_randomness
 
+log = logging.getLogger(__name__)
+
 ANSWER_SUM = "answer_sum"
 POTENTIAL = "potential"
 FAKES = 32
 """Images of each class that critics are trained against in one step."""
-DEFAULTS_FROM = "tuned on MNIST's training records (50,000 to train, 10,000 held out); not covered by the guarantee for MNIST"
+TUNED = ("num_critics", "critics_per_sample", "batch_size", "critic", "basis", "generator_lr", "sharpness", "spread")
+TUNED_ON = "tuned on MNIST's training records (50,000 to train, 10,000 held out); not covered by the guarantee for MNIST"
+OF_POTENTIALS = ("sharpness", "iterations", "spread")
+OF_NETWORKS = ("warm_up_steps", "refresh_every", "refresh_steps", "critic_lr", "gradient_penalty", "drift_penalty")
+SILENT = ("origin", "warm_up_checkpoint")
+"""Arguments that shape nothing."""
 
 
 class GSWGAN(PrivateGenerator):
@@ -50,7 +58,7 @@ class GSWGAN(PrivateGenerator):
         latent: ``"normal"``, or ``"bernoulli"`` for fair coins (the paper's).
         clip_norm: C of one critic's answer; critics are 1-Lipschitz, so 1 needs no search.
         basis: Side of the square of low frequencies (of the discrete cosine transform of each channel) in which answers are
-            given and noised; ``None`` for all pixels. The same C then falls on fewer numbers.
+            given and noised, at most the image's side; ``None`` for all pixels. The same C then falls on fewer numbers.
         generator_lr: Adam's rate (betas 0.5, 0.9), falling to 5 % as a half cosine over the planned steps.
         average: Decay of the average of generator weights that is published.
         sharpness: Entropy of the potentials, in units of distance.
@@ -143,11 +151,12 @@ class GSWGAN(PrivateGenerator):
         self.average_decay = average
         self.sharpness, self.iterations = positive("sharpness", sharpness), positive_int("iterations", iterations)
         self.spread = non_negative("spread", spread)
-        self.warm_up_steps = int(non_negative("warm_up_steps", warm_up_steps))
+        self.warm_up_steps = 0 if warm_up_steps == 0 else positive_int("warm_up_steps", warm_up_steps)
         self.refresh_every, self.refresh_steps = positive_int("refresh_every", refresh_every), positive_int("refresh_steps", refresh_steps)
         self.penalties = non_negative("gradient_penalty", gradient_penalty), non_negative("drift_penalty", drift_penalty)
         self.warm_up_checkpoint = positive_int("warm_up_checkpoint", warm_up_checkpoint)
         self.origin = origin
+        self._minibatch: int | None = None
         if self.is_built:
             self.build()
 
@@ -158,15 +167,17 @@ class GSWGAN(PrivateGenerator):
         generator, critic = self._generator[0], self._critic[0]
         if isinstance(generator, str):
             generator = GENERATORS[generator](self.num_classes, self.image_shape, self.latent_dim)
+        _check_network("generator", generator, (torch.zeros(2, self.latent_dim),), (2, *self.image_shape), self.num_classes)
         self.generator = generator
         self.average = copy.deepcopy(generator).requires_grad_(False)
         if critic == POTENTIAL:
             if self.batch_size % self.num_classes:
-                raise fail("batch_size", self.batch_size, f"a multiple of the {self.num_classes} classes with critic='potential'")
+                wanted = f"a multiple of the {self.num_classes} classes with critic='potential'"
+                raise fail("GSWGAN's batch_size", self.batch_size, wanted)
             self.critics: CriticEnsemble | PotentialCritics = PotentialCritics(self.sharpness, self.iterations)
         else:
             network = CRITICS[critic](self.num_classes, self.image_shape) if isinstance(critic, str) else critic
-            _check_critic(network, self.image_shape, self.num_classes)
+            _check_network("critic", network, (torch.rand(2, *self.image_shape),), (2,), self.num_classes)
             self.critics = CriticEnsemble(network, self.num_critics, self.critic_lr, *self.penalties)
         self.register_buffer("waves", low_frequencies(self.image_shape, self.basis), persistent=False)
         self.register_buffer("assignment", torch.empty((0, 0), dtype=torch.int64))
@@ -181,7 +192,8 @@ class GSWGAN(PrivateGenerator):
         if batch_size > smallest and self._trains_critics:
             raise ValueError(
                 f"the data module's batch_size={batch_size} is a critic's minibatch, and {records} records over num_critics="
-                f"{self.num_critics} leave {smallest} for each. Use batch_size={min(smallest, 16)} in the data module, or fewer critics."
+                f"{self.num_critics} leave {smallest} for each. Use num_critics={max(1, records // batch_size)} or fewer, or a smaller "
+                "batch_size in the data module."
             )
         sampling = DisjointShards(records, self.num_critics, self.critics_per_sample)
         return PrivacyPlan(sampling, (Release(ANSWER_SUM, self.clip_norm, steps * self.batch_size, zero_out_factor=2.0),))
@@ -211,7 +223,11 @@ class GSWGAN(PrivateGenerator):
         with fresh_randomness(self.device):
             self._shards = Shards(images, labels, self.assignment)
             if self._trains_critics:
-                self._minibatch = int(loader.batch_sampler.minibatch)
+                minibatch = int(loader.batch_sampler.minibatch)
+                if self._minibatch not in (None, minibatch):
+                    was = f"was {self._minibatch} and is {minibatch} here"
+                    raise ValueError(f"the critics' minibatch, the data module's batch_size, {was}. Use the same.")
+                self._minibatch = minibatch
                 self._warm_up()
             else:
                 self._by_class = self._shards.by_class(self.num_classes)
@@ -221,6 +237,16 @@ class GSWGAN(PrivateGenerator):
         if len(records) != 2 or records[0].shape[1:] != torch.Size(self.image_shape) or records[1].shape != records[0].shape[:1]:
             found = [tuple(leaf.shape) for leaf in records]
             raise ValueError(f"records must be (image {self.image_shape}, label); the loader gives {found}.")
+        _check_values(*records, self.num_classes)
+        each = len(records[0]) // self.num_critics
+        if each < 3 * self.num_classes:
+            log.warning(
+                "num_critics=%d leaves %d records for each critic, of %d classes: they can know little of a class. MNIST's 1,000 critics "
+                "have 60 records each.",
+                self.num_critics,
+                each,
+                self.num_classes,
+            )
         return records[0].to(self.waves), records[1].to(self.device, torch.int64)
 
     def _check_same_records(self, images: Tensor, labels: Tensor) -> None:
@@ -240,15 +266,22 @@ class GSWGAN(PrivateGenerator):
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         with Progress(*columns, transient=True, disable=self.trainer.progress_bar_callback is None) as bar:
             task = bar.add_task(f"Warm-up of {self.num_critics} critics", total=self.warm_up_steps, completed=int(self.warm_up_done))
-            while int(self.warm_up_done) < self.warm_up_steps:
-                self._improve_critics()
-                self.warm_up_done += 1
-                bar.advance(task)
-                if int(self.warm_up_done) % self.warm_up_checkpoint == 0:
-                    self.trainer.save_checkpoint(Path(self.trainer.default_root_dir) / "warm-up.ckpt")
+            path, kept = Path(self.trainer.default_root_dir) / "warm-up.ckpt", 0
+            try:
+                while int(self.warm_up_done) < self.warm_up_steps:
+                    self._improve_critics()
+                    self.warm_up_done += 1
+                    bar.advance(task)
+                    if int(self.warm_up_done) % self.warm_up_checkpoint == 0:
+                        self.trainer.save_checkpoint(path, weights_only=False)
+                        kept = int(self.warm_up_done)
+            except KeyboardInterrupt:
+                if kept:
+                    log.warning("warm-up stopped; %d of %d steps are kept: resume with ckpt_path=%s", kept, self.warm_up_steps, path)
+                raise
 
     def _improve_critics(self) -> None:
-        real, labels = self._shards.minibatch(self._minibatch)
+        real, labels = self._shards.minibatch(cast(int, self._minibatch))
         cast(CriticEnsemble, self.critics).improve(real, self._fakes(labels), labels)
 
     def _fakes(self, labels: Tensor) -> Tensor:
@@ -264,6 +297,7 @@ class GSWGAN(PrivateGenerator):
         """Keeps the critics' optimizer."""
         if isinstance(self.critics, CriticEnsemble):
             checkpoint["critics_optimizer"] = self.critics.optimizer.state_dict()
+            checkpoint["critics_minibatch"] = self._minibatch
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes the shard assignment and the critics' optimizer back.
@@ -274,10 +308,17 @@ class GSWGAN(PrivateGenerator):
         super().on_load_checkpoint(checkpoint)
         if "assignment" not in checkpoint["state_dict"]:
             raise ValueError("the checkpoint holds no shard assignment; without it a record would shape two critics. Start a new run.")
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            old = checkpoint["hyper_parameters"]
+            new = {name: value for name, value in self.hparams.items() if not name.startswith("_") and name not in SILENT}
+            changed = [f"{name} was {old[name]} and is {value} here" for name, value in new.items() if name in old and old[name] != value]
+            if changed:
+                raise ValueError(f"the checkpoint is of another GSWGAN: {'; '.join(changed)}. Use the same, or start without ckpt_path.")
         for name in ("assignment", "record_marks"):
             setattr(self, name, torch.empty_like(checkpoint["state_dict"][name], device=self.device))
         if isinstance(self.critics, CriticEnsemble):
             self.critics.restore = checkpoint["critics_optimizer"]
+            self._minibatch = checkpoint["critics_minibatch"]
 
     # Training -------------------------------------------------------------------------------------------------------
 
@@ -313,7 +354,8 @@ class GSWGAN(PrivateGenerator):
     def _answers(self, images: Tensor, labels: Tensor, sample: Tensor, critic: Tensor) -> Tensor:
         """One row a question, in the coordinates that are released."""
         if isinstance(self.critics, CriticEnsemble):
-            return self._points(self.critics.answer(images, labels, sample, critic))
+            answers = self.critics.answer(images, labels, sample, critic)
+            return answers.flatten(1).double() @ self.waves.T.double()  # float64, since rounding follows the number of answers
         points = self._points(images).view(self.num_classes, -1, len(self.waves))
         return self.critics.answer(points, sample, critic, self._record_points, self._by_class)
 
@@ -371,18 +413,19 @@ class GSWGAN(PrivateGenerator):
         self.generator.load_state_dict(state)
 
     def knobs(self) -> dict[str, dict[str, Any]]:
-        """Every argument and the critics' minibatch, each with its origin."""
-        defaults = {name: p.default for name, p in inspect.signature(type(self).__init__).parameters.items()}
+        """Every argument that shaped the result, and the critics' minibatch, each with its origin."""
+        unused = OF_POTENTIALS if self._trains_critics else OF_NETWORKS
         values = {**self.hparams, "critic": _name(self._critic[0]), "generator": _name(self._generator[0])}
         found = {}
-        for name, value in values.items():
-            untouched = name in defaults and value == defaults[name]
-            found[name] = {"value": value, "origin": self.origin or (DEFAULTS_FROM if untouched else "set by the user")}
+        for name, parameter in inspect.signature(type(self).__init__).parameters.items():
+            if name in values and name not in (*unused, *SILENT):
+                default = TUNED_ON if name in TUNED else "the package's default"
+                origin = default if values[name] == parameter.default else self.origin or "set by the user"
+                found[name] = {"value": values[name], "origin": origin}
         for name in ("num_classes", "image_shape"):
             found[name] = {"value": getattr(self, name), "origin": "declared, never read from records"}
         if self._trains_critics:
-            found["critic_minibatch"] = {"value": getattr(self, "_minibatch", None), "origin": self.origin or "set by the user"}
-        del found["origin"]
+            found["critic_minibatch"] = {"value": self._minibatch, "origin": self.origin or "set by the user"}
         return found
 
 
@@ -408,9 +451,23 @@ def _name(network: str | nn.Module) -> str:
     return network if isinstance(network, str) else type(network).__name__
 
 
-def _check_critic(critic: nn.Module, image_shape: tuple[int, int, int], num_classes: int) -> None:
-    """Raises unless a critic gives one number an image."""
-    with torch.no_grad():
-        scores = critic(torch.rand(4, *image_shape), torch.arange(4) % num_classes)
-    if scores.shape != (4,):
-        raise ValueError(f"critic {type(critic).__name__} gives {tuple(scores.shape)} for 4 images; it must give [N], a number an image.")
+def _check_network(what: str, network: nn.Module, inputs: tuple[Tensor, ...], shape: tuple[int, ...], num_classes: int) -> None:
+    """Raises unless a network is called as said and gives what is said."""
+    wanted = "(latent, labels) -> images [N, C, H, W] in [0, 1]" if what == "generator" else "(images, labels) -> [N], a number an image"
+    try:
+        with torch.no_grad():
+            found = copy.deepcopy(network).eval()(*inputs, torch.arange(2) % num_classes)
+    except (TypeError, RuntimeError, IndexError) as error:
+        raise ValueError(f"{what} {type(network).__name__} cannot be called as {wanted}: {error}") from error
+    if tuple(found.shape) != shape or (what == "generator" and not (found.min() >= 0 and found.max() <= 1)):
+        raise ValueError(f"{what} {type(network).__name__} gives {tuple(found.shape)} for 2 images; it must be {wanted}.")
+
+
+def _check_values(images: Tensor, labels: Tensor, num_classes: int) -> None:
+    """Raises, for the owner and before training, unless images are floats in [0, 1] and labels are classes."""
+    if not images.is_floating_point() or labels.is_floating_point():
+        raise ValueError(f"images are {images.dtype} and labels {labels.dtype}: give images as floats in [0, 1] and whole-number labels.")
+    if not images.isfinite().all() or images.min() < 0 or images.max() > 1:
+        raise ValueError("images must be finite and in [0, 1]. Divide by their public maximum (255 for bytes), not by one of the records.")
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(f"labels must run from 0 to {num_classes - 1} for the {num_classes} declared classes; some do not.")

@@ -11,12 +11,15 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 
+import numpy as np
 from dp_accounting import NeighboringRelation
 from dp_accounting.pld import privacy_loss_distribution as pld
 from dp_accounting.rdp import RdpAccountant
+from dp_accounting.rdp.rdp_privacy_accountant import compute_epsilon
+from scipy.special import gammaln, logsumexp
 
 from lightning_dpgen._validate import between
 from lightning_dpgen.privacy.budget import PrivacyBudget
@@ -103,22 +106,49 @@ def _pld(pair: DominatingPair, count: int, grid: float) -> pld.PrivacyLossDistri
     return distribution if unsampled or count == 1 else distribution.self_compose(count)
 
 
-def _rdp_pair(pair: DominatingPair) -> DominatingPair:
-    # The library has no RDP of a sampled Gaussian under replace-one; the unsampled one of sensitivity 2 bounds it.
-    if pair.library_relation is NeighboringRelation.REPLACE_ONE:
-        return replace(_halved(pair), sampling_probability=1.0)
-    return pair
+@functools.lru_cache(maxsize=256)
+def antipodal_rdp(rate: float, z: float, order: int) -> float:
+    """Rényi divergence of order α between (1-q)N(0) + qN(1) and (1-q)N(0) + qN(-1), deviation z: an upper bound.
+
+    Args:
+        rate: q.
+        z: Noise multiplier.
+        order: α, a whole number of at least 2.
+
+    Returns:
+        1/(α-1)·log(1 + C(α,2) q²·t₂ + Σ_{j≥3} C(α,j) qʲ c_j t_j): (P/Q)^α = (1 + q(A-B)/Q)^α is expanded under Q, whose first-order term
+        vanishes. (A-B)² / Q and, after (A-B)ʲ ≤ Aʲ (+ Bʲ where j is even, hence c_j = 2), Aʲ / Q^(j-1) are convex in Q, so that
+        each term is at most the mean of its values at Q's two components, N(0) and N(-1).
+    """
+    all_j, j = np.arange(2, order + 1), np.arange(3, order + 1)
+    beside = math.log(2) + 1 / z**2 + math.log1p(-math.exp(-2 / z**2))  # log ∫(A-B)²/N(0)
+    across = 4 / z**2 + math.log1p(-math.exp(-4 / z**2))  # log ∫(A-B)²/N(-1)
+    squared = np.logaddexp(math.log1p(-rate) + beside, math.log(rate) + across)
+    powers = np.logaddexp(math.log1p(-rate) + j * (j - 1) / (2 * z**2), math.log(rate) + 4 * j * (j - 1) / (2 * z**2))
+    ways = gammaln(order + 1) - gammaln(all_j + 1) - gammaln(order - all_j + 1)
+    terms = ways + all_j * math.log(rate)
+    terms += np.concatenate([[squared], powers + np.where(j % 2 == 0, math.log(2), 0.0)])
+    return float(np.logaddexp(0.0, logsumexp(terms))) / (order - 1)
 
 
 def _rdp_epsilon(pairs: _PairCounts, delta: float) -> float:
     accountant = RdpAccountant(neighboring_relation=NeighboringRelation.REPLACE_SPECIAL)
+    orders = [float(order) for order in accountant._orders]
+    extra = np.zeros(len(orders))
     library_log = logging.getLogger("absl")  # warns of every order that it leaves out, which only loosens the bound
     level = library_log.level
     library_log.setLevel(logging.ERROR)
     try:
         for pair, count in pairs:
-            accountant.compose(_rdp_pair(pair).event, count)
-        value = float(accountant.get_epsilon(delta))
+            if pair.library_relation is NeighboringRelation.REPLACE_ONE:  # of which the library has no RDP
+                for place, order in enumerate(orders):
+                    unsampled = order * 2 / pair.noise_multiplier**2
+                    whole = order.is_integer() and order >= 2
+                    sampled = antipodal_rdp(pair.sampling_probability, pair.noise_multiplier, int(order)) if whole else math.inf
+                    extra[place] += count * min(unsampled, sampled)
+            else:
+                accountant.compose(pair.event, count)
+        value = float(compute_epsilon(orders, np.asarray(accountant._rdp) + extra, delta)[0])
     except (OverflowError, FloatingPointError):
         return math.inf
     finally:

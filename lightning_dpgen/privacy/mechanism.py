@@ -1,4 +1,4 @@
-"""The one door: ``GaussianMechanism.release``."""
+"""The one door: ``GaussianMechanism.release``, and ``release_answers`` for networks on shards."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class GaussianMechanism:
         if self._drawn is not None:
             raise RuntimeError("answers were drawn and not released: a second draw would be a choice among draws. Call release_answers().")
         row, shard = (torch.from_numpy(index) for index in draw_answers(shards, rows, self._stream))
-        self._drawn = rows, row
+        self._drawn = rows, row.clone()  # what is handed out may be changed
         return row, shard
 
     def release_answers(self, name: str, answers: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -157,7 +157,7 @@ class GaussianMechanism:
             never by the lot's size.
 
         Privacy:
-            The only way out for anything computed from records. Happens for every lot, also an empty one.
+            With :meth:`release_answers` the only way out for anything computed from records. Happens for every lot, also an empty one.
 
         Raises:
             ValueError: If the plan has no release of that name, or with another clip norm.

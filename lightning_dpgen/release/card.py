@@ -70,7 +70,8 @@ Classes:
 
 {classes}
 
-The set carries what its generator learned for telling the classes apart. It may be biased against classes or kinds of images that
+`generator.safetensors` is the generator: `dpgen generate` on this folder samples it again, at no further cost. The set carries what the
+generator learned of the classes. It may be biased against classes or kinds of images that
 were rare or hard among the records, and it is no evidence about any single record. Any accuracy quoted for it was measured on real
 test records and is outside the guarantee.
 

@@ -55,6 +55,7 @@ class PrivacyAccount:
         planned: Releases that the last fit may add.
         made_before: How many releases had been made when the last fit began.
         notes: Sentences for the certificate.
+        per_step: How many of each release one trainer step makes; 1 where it does not say.
 
     Privacy:
         A target ε is a cap for all fits together. A fit that ends early still claims what it had planned, also when a later
@@ -70,6 +71,7 @@ class PrivacyAccount:
         self.planned: Counter[ReleaseEvent] = Counter()
         self.made_before = 0
         self.notes: list[str] = []
+        self.per_step: dict[str, int] = {}
         self._lost: Counter[ReleaseEvent] = Counter()
 
     @property
@@ -96,15 +98,19 @@ class PrivacyAccount:
         """ε of everything so far; 0 before the first release."""
         return epsilon(self.spent.items(), self.terms.delta, relation).value
 
-    def epsilon_after(self, plan: PrivacyPlan) -> float:
-        """ε of the ledger and of all that ``plan`` would add with the noise in force."""
-        ahead = dict(plan.events(self.ready().noise_multiplier))
+    def epsilon_after(self, steps: int) -> float:
+        """ε of the ledger and of ``steps`` more trainer steps."""
+        mechanism = self.ready()
+        ahead = {event: steps * self._step(event.name) for event, _ in mechanism.plan.events(mechanism.noise_multiplier)}
         return epsilon((self.spent + Counter(ahead)).items(), self.terms.delta).value
 
-    def is_spent(self, step: PrivacyPlan) -> bool:
-        """Whether a budget was given and allows nothing of what ``step``, the plan of one trainer step, would release."""
+    def is_spent(self) -> bool:
+        """Whether a budget was given and allows no further trainer step."""
         mechanism = self.ready()
-        return self.terms.budget is not None and all(mechanism.remaining(r.name) < r.count for r in step.releases)
+        return self.terms.budget is not None and all(mechanism.remaining(r.name) < self._step(r.name) for r in mechanism.plan.releases)
+
+    def _step(self, name: str) -> int:
+        return self.per_step.get(name, 1)
 
     def begin(self, plan: PrivacyPlan, folder: Path, previous: dict[str, Any] | None, share_done: Fraction) -> GaussianMechanism:
         """Opens a fit: calibrates or continues, merges what a checkpoint knows, checks the budget.
@@ -282,7 +288,7 @@ class PrivacyAccount:
         budget = self.terms.budget
         if budget is None:
             return
-        if not any(self.planned.values()):
+        if all(count < self._step(event.name) for event, count in self.planned.items()):
             raise BudgetExhausted(
                 f"epsilon={budget.epsilon:g} is spent: ledger {ledger.run_id} holds {len(ledger)} releases. What was trained may be "
                 "used freely, but these records allow no more training under this budget."

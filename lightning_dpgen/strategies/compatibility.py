@@ -49,6 +49,13 @@ def check_trainer(trainer: Any, capped: bool) -> None:
     accumulators = [c for c in trainer.callbacks if isinstance(c, pl.callbacks.GradientAccumulationScheduler)]
     if accumulators:
         refusals.append("GradientAccumulationScheduler mixes lots. Remove it and use a larger batch_size.")
+    for owner in (trainer.lightning_module, getattr(trainer, "datamodule", None)):
+        hook = getattr(owner, "on_before_batch_transfer", None)
+        if getattr(hook, "__func__", hook) not in (None, pl.LightningModule.on_before_batch_transfer):
+            refusals.append(
+                f"{type(owner).__name__}.on_before_batch_transfer runs outside the strategy, where what it does to records is neither "
+                "checked nor kept from the public random state. Move it to on_after_batch_transfer."
+            )
     if refusals:
         raise ValueError("DPStrategy cannot run with this Trainer:\n- " + "\n- ".join(refusals))
 

@@ -57,21 +57,30 @@ class PrivateLoader(DataLoader[Any]):
             yield lot
 
 
-def all_records(loader: DataLoader[Any], transfer: Callable[[Any], Any], chunk: int = 1000) -> tuple[Any, ...]:
+def all_records(loader: DataLoader[Any], transfer: Callable[[Any], Any], chunk: int = 4) -> tuple[Any, ...]:
     """Every record behind a private loader, in order, as one batch; what a data set draws at random is drawn once.
 
     Args:
         loader: A loader that :func:`private_loader` made.
-        transfer: What a batch goes through before a training step: precision, device, the module's and data module's hooks.
-        chunk: Records that are collated at once.
+        transfer: What a batch goes through before a training step: device, ``on_after_batch_transfer``.
+        chunk: Records that are collated at once; as many as the check of ``collate_fn`` looks at.
 
     Privacy:
         Private: the records themselves.
+
+    Raises:
+        ValueError: If a chunk comes out with another number of rows.
     """
     collate = cast(EmptyAwareCollate, loader.collate_fn).collate
     reader = DataLoader(loader.dataset, batch_size=chunk, collate_fn=collate)
     with fresh_randomness(torch.device("cpu")):
         chunks = [tuple(transfer(batch)) for batch in reader]
+    records = len(cast(Sized, loader.dataset))
+    sizes = [min(chunk, records - start) for start in range(0, records, chunk)]
+    for size, leaves in zip(sizes, chunks, strict=True):
+        found = {len(leaf) for leaf in leaves}
+        if found != {size}:
+            raise ValueError(f"{size} records became {sorted(found)} rows on their way to the device: one record must be one row.")
     return tuple(torch.cat(leaves) for leaves in zip(*chunks, strict=True))
 
 

@@ -128,7 +128,7 @@ class PrivateTraining(pl.strategies.Strategy):
 
     def epsilon_after(self, steps: int) -> float:
         """ε of everything in the ledger and of so many more trainer steps."""
-        return self.account.epsilon_after(self._plan_of(steps))
+        return self.account.epsilon_after(steps)
 
     # Lightning's hooks, in the order in which they are called -------------------------------------------------------
 
@@ -382,7 +382,9 @@ class PrivateTraining(pl.strategies.Strategy):
             log.warning(
                 "delta=%g is not below 1/N = %g: such a guarantee allows publishing a record outright.", self.delta, 1 / self._records
             )
+        longer = {release.name: release.count for release in self._plan_of((steps or 1) + 1).releases}
         plan = self._plan_of(steps or 1)
+        self.account.per_step = {r.name: max(1, longer.get(r.name, 0) - r.count) for r in plan.releases}
         if self._owns_releases and self._clip_norm is not None:
             raise ValueError(
                 f"DPStrategy(clip_norm={self._clip_norm}) beside {type(module).__name__}, whose configure_privacy() states "
@@ -519,7 +521,7 @@ class PrivateTraining(pl.strategies.Strategy):
     def _stop_if_spent(self) -> None:
         trainer = self._module.trainer
         self._note_logged(trainer)
-        if not self.account.is_spent(self._plan_of(1)):
+        if not self.account.is_spent():
             return
         trainer.should_stop = True
         if not trainer.fit_loop._can_stop_early:

@@ -67,9 +67,9 @@ def test_training_is_the_loop_over_critics(name, at_once, monkeypatch, request):
             torch.testing.assert_close(stacked[k], parameter, atol=1e-8, rtol=1e-6)
 
 
-@pytest.mark.parametrize("at_once", [4096, 3])
+@pytest.mark.parametrize("at_once", [64, 3])
 def test_answers_are_the_loop_over_questions_and_write_nothing(at_once, monkeypatch):
-    monkeypatch.setattr(critic_ensemble, "IMAGES_AT_ONCE", at_once)
+    monkeypatch.setattr(critic_ensemble, "QUESTIONS_AT_ONCE", at_once)
     critics = ensemble("dcgan")
     critics.improve(*minibatches())
     images, labels = torch.rand(6, *SHAPE), torch.tensor([0, 1, 2, 0, 1, 2])
@@ -84,6 +84,9 @@ def test_answers_are_the_loop_over_questions_and_write_nothing(at_once, monkeypa
         expected = torch.autograd.grad(-network(image, labels[i : i + 1]).sum(), image)[0][0]
         torch.testing.assert_close(row, expected, atol=1e-6, rtol=1e-4)
     assert critics.answer(images, labels, sample[:0], critic[:0]).shape == (0, *SHAPE)
+    everyone, everything = torch.arange(5).repeat_interleave(6), torch.arange(6).repeat(5)
+    whole = critics.answer(images, labels, everything, everyone)
+    torch.testing.assert_close(whole[(everything == 5) & (everyone == 3)][0], rows[4], atol=1e-6, rtol=1e-4)
     after = critics.state_dict(), critics.optimizer.state_dict()
     assert all(torch.equal(a, b) for a, b in zip(before[0].values(), after[0].values(), strict=True))
     assert all(

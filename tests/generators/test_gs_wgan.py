@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dpgen import GSWGAN, DigitsDataModule, DPStrategy, load_release
+from lightning_dpgen.cli import main
 from lightning_dpgen.generators import gs_wgan
 from lightning_dpgen.generators.critic_ensemble import CriticEnsemble
 from lightning_dpgen.generators.gs_wgan import low_frequencies
@@ -38,6 +39,12 @@ def fit(tmp_path, module, records, steps=3, strategy=None, ckpt_path=None, batch
     run = trainer(tmp_path, strategy or DPStrategy(noise_multiplier=1.0), max_steps=steps, **options)
     run.fit(module, DataLoader(records, batch_size=batch_size), ckpt_path=ckpt_path)
     return run
+
+
+@pytest.fixture
+def any_values(monkeypatch):
+    """Lets values in that are refused otherwise: a guarantee does not rest on what records hold."""
+    monkeypatch.setattr(gs_wgan, "_check_values", lambda *_: None)
 
 
 @pytest.fixture
@@ -92,7 +99,7 @@ def test_the_released_sums_are_the_loop_over_asked_critics(tmp_path, monkeypatch
 @pytest.mark.parametrize("poison", [0.0, 3e38, float("inf"), float("nan")])
 @pytest.mark.parametrize("record", [0, 8, 119])
 def test_a_record_moves_a_sum_by_twice_the_clip_norm_and_only_where_its_critic_was_asked(
-    tmp_path, monkeypatch, records, critic, poison, record
+    tmp_path, monkeypatch, any_values, records, critic, poison, record
 ):
     """With masks, latents and minibatches of both runs equal, for whichever critic the record is in."""
     first = torch.arange(6)[None].expand(20, 6)
@@ -114,7 +121,7 @@ def test_a_record_moves_a_sum_by_twice_the_clip_norm_and_only_where_its_critic_w
 
 
 @pytest.mark.parametrize("critic", KINDS)
-def test_non_interference(tmp_path, monkeypatch, digits, critic):
+def test_non_interference(tmp_path, monkeypatch, any_values, digits, critic):
     """With a release that ignores its rows, two unrelated data sets leave the same public state, bit for bit."""
 
     def stub(self, name, contribution):
@@ -195,7 +202,7 @@ def test_noise_reaches_every_released_number_with_the_stated_deviation(tmp_path,
 
 
 @pytest.mark.parametrize("critic", KINDS)
-def test_nan_records_leave_the_public_state_finite(tmp_path, digits, critic):
+def test_nan_records_leave_the_public_state_finite(tmp_path, any_values, digits, critic):
     module = generator(critic)
     run = fit(tmp_path, module, TensorDataset(torch.full((120, 1, 8, 8), float("nan")), digits[1][:120]), 3)
     assert len(run.strategy.ledger) == 60
@@ -318,11 +325,13 @@ def test_a_release_holds_the_generator_and_nothing_of_a_critic(tmp_path, records
     knobs = loaded.certificate["knobs"]
     assert knobs["num_critics"] == {"value": 6, "origin": "set by the user"}
     assert "tuned on MNIST" in knobs["generator_lr"]["origin"]
+    assert knobs["latent"]["origin"] == "the package's default"
+    assert ("sharpness" in knobs, "critic_lr" in knobs) == ((critic == "potential"), (critic == "mlp"))
     assert "declared" in knobs["num_classes"]["origin"]
     assert ("critic_minibatch" in knobs) == (critic == "mlp")
 
 
-def test_networks_of_ones_own_and_bernoulli_latents(tmp_path, records):
+def test_networks_of_ones_own_and_bernoulli_latents(tmp_path, records, capsys):
     class Critic(nn.Module):
         def __init__(self):
             super().__init__()
@@ -340,7 +349,10 @@ def test_networks_of_ones_own_and_bernoulli_latents(tmp_path, records):
             return self.net(torch.cat([latent, labels[:, None].float()], 1)).sigmoid().view(-1, 1, 8, 8)
 
     module = generator(Critic(), generator=Generator(), latent_dim=5, latent="bernoulli", basis=None)
-    fit(tmp_path, module, records, 2)
+    run = fit(tmp_path, module, records, 2)
+    SanitizedRelease.from_trainer(run).save(tmp_path / "release")
+    assert main(["generate", str(tmp_path / "release"), str(tmp_path / "more")]) == 1
+    assert "a generator network of its maker's own" in capsys.readouterr().err
     assert module.sample(torch.arange(10)).shape == (10, 1, 8, 8)
     assert "critic" not in module.hparams
 
@@ -359,7 +371,7 @@ def test_networks_of_ones_own_and_bernoulli_latents(tmp_path, records):
         def forward(self, images, labels):
             return self.net(images.flatten(1))
 
-    with pytest.raises(ValueError, match=r"gives \(4, 10\) for 4 images"):
+    with pytest.raises(ValueError, match=r"gives \(2, 10\) for 2 images"):
         generator(Rows())
 
 
@@ -386,6 +398,43 @@ def test_without_noise_a_few_critics_teach_digits_and_images_of_a_class_differ(t
 
 
 @pytest.mark.parametrize(
+    ("images", "labels", "message"),
+    [
+        (lambda x: (x * 255).to(torch.uint8), lambda y: y, "uint8 and labels"),
+        (lambda x: x, lambda y: y + 0.5, "labels torch.float32"),
+        (lambda x: x * 255, lambda y: y, "finite and in"),
+        (lambda x: x * float("nan"), lambda y: y, "finite and in"),
+        (lambda x: x, lambda y: y - 1, "from 0 to 9"),
+        (lambda x: x, lambda y: y + 1, "from 0 to 9"),
+    ],
+)
+def test_values_that_are_no_images_or_classes_are_refused_before_a_release(tmp_path, records, images, labels, message):
+    wrong = TensorDataset(images(records.tensors[0]), labels(records.tensors[1]))
+    strategy = DPStrategy(noise_multiplier=1.0)
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, generator("mlp"), wrong, 2, strategy)
+    assert len(strategy.ledger) == 0
+
+
+def test_a_resume_as_another_gswgan_is_refused_by_name(tmp_path, records):
+    run = fit(tmp_path, generator("mlp"), records, 2)
+    run.save_checkpoint(tmp_path / "two.ckpt")
+    with pytest.raises(ValueError, match="basis was 4 and is 3 here; warm_up_steps was 3 and is 9 here"):
+        fit(tmp_path, generator("mlp", basis=3, warm_up_steps=9), records, 4, ckpt_path=tmp_path / "two.ckpt")
+    with pytest.raises(ValueError, match="minibatch, the data module's batch_size, was 4 and is 5 here"):
+        fit(tmp_path, generator("mlp"), records, 4, ckpt_path=tmp_path / "two.ckpt", batch_size=5)
+    loaded = GSWGAN.load_from_checkpoint(tmp_path / "two.ckpt")
+    labels = torch.arange(10)
+    samples = [one.sample(labels, torch.Generator().manual_seed(0)) for one in (loaded, run.lightning_module)]
+    assert torch.equal(*samples)
+
+
+def test_few_records_for_a_critic_are_warned_of(tmp_path, records, caplog):
+    fit(tmp_path, generator(), records, 1)
+    assert "num_critics=6 leaves 20 records for each critic, of 10 classes" in caplog.text
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"num_critics": 0}, "num_critics=0"),
@@ -397,6 +446,9 @@ def test_without_noise_a_few_critics_teach_digits_and_images_of_a_class_differ(t
         ({"average": 1.0}, "average=1.0"),
         ({"refresh_every": 0}, "refresh_every=0"),
         ({"warm_up_steps": -1}, "warm_up_steps=-1"),
+        ({"warm_up_steps": 2.5}, "warm_up_steps=2.5"),
+        ({"critic": nn.Sequential(nn.Flatten(), nn.Linear(64, 1))}, "cannot be called as"),
+        ({"generator": nn.Bilinear(12, 1, 64)}, "cannot be called as"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments, message):
@@ -405,7 +457,7 @@ def test_arguments_out_of_range_are_refused(arguments, message):
 
 
 def test_shards_that_are_too_small_are_refused_before_training(tmp_path, records):
-    with pytest.raises(ValueError, match=r"batch_size=32 is a critic's minibatch.*leave 20.*batch_size=16"):
+    with pytest.raises(ValueError, match=r"batch_size=32 is a critic's minibatch.*leave 20.*num_critics=3 or fewer"):
         fit(tmp_path, generator("mlp"), records, 2, batch_size=32)
     with pytest.raises(ValueError, match="at most the number of records, 120"):
         fit(tmp_path, generator(num_critics=121), records, 2)

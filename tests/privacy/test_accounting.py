@@ -2,6 +2,7 @@ import math
 import time
 
 import dp_accounting
+import numpy as np
 import pytest
 from dp_accounting import NeighboringRelation
 from dp_accounting.pld import PLDAccountant
@@ -19,6 +20,7 @@ from lightning_dpgen.privacy import (
     calibrate_noise_multiplier,
     epsilon,
 )
+from lightning_dpgen.privacy.accounting import antipodal_rdp
 
 DELTA = 1e-5
 
@@ -174,3 +176,26 @@ def test_calibration_to_a_tiny_budget_ends():
     plan = PrivacyPlan(PoissonSampling(60_000, 256), (Release("sum", 1.0, 10_000),))
     noise = calibrate_noise_multiplier(plan, PrivacyBudget(0.01, 1e-5))
     assert 0.009 <= plan.epsilon(noise, 1e-5) <= 0.01
+
+
+@pytest.mark.parametrize(("rate", "z", "order"), [(0.001, 2.14, 2), (0.001, 2.14, 6), (0.008, 3.95, 16), (0.04, 4.4, 8), (0.04, 0.6, 2)])
+def test_the_antipodal_renyi_bound_is_above_the_divergence_and_near_it_at_small_rates(rate, z, order):
+    x = np.linspace(-14 * z - 1.5 * order - 2, 14 * z + 1.5 * order + 2, 400_001)
+
+    def log_mixture(centre):
+        normal = [-((x - m) ** 2) / (2 * z * z) - math.log(z * math.sqrt(2 * math.pi)) for m in (0, centre)]
+        return np.logaddexp(math.log1p(-rate) + normal[0], math.log(rate) + normal[1])
+
+    integrand = order * log_mixture(1) + (1 - order) * log_mixture(-1)
+    exact = (integrand.max() + math.log(np.exp(integrand - integrand.max()).sum() * (x[1] - x[0]))) / (order - 1)
+    bound = antipodal_rdp(rate, z, order)
+    assert bound >= exact * (1 - 1e-6)
+    if rate * math.exp(4 / z**2) < 0.01:
+        assert bound <= 1.02 * exact
+
+
+def test_rdp_is_a_second_opinion_on_poisson_critics():
+    plan = PrivacyPlan(DisjointShards(60_000, 1000, 1), (Release("answers", 1.0, 640_000, zero_out_factor=2.0),))
+    figure = epsilon(plan.events(2.14), 1e-5)
+    assert figure.value == pytest.approx(3.153, abs=0.002)
+    assert figure.value < figure.rdp < 1.15 * figure.value

@@ -157,9 +157,11 @@ def test_answers_are_clipped_summed_by_row_charged_one_by_one_and_drawn_afresh()
     door._stream.normal = lambda shape, std, device: torch.zeros(shape, dtype=torch.float64)
     row, _ = door.draw_answers(40)
     rows = torch.randn(len(row), 3) * 2
+    kept = row.clone()
+    row.zero_()  # what was handed out is not what is added up by
     released = door.release_answers("answers", {"x": rows})["x"]
     expected = torch.zeros(40, 3)
-    for one, place in zip(rows, row, strict=True):
+    for one, place in zip(rows, kept, strict=True):
         expected[place] += one / max(1.0, float(one.norm()))
     torch.testing.assert_close(released, expected, atol=1e-5, rtol=1e-5)
     assert len(door.ledger) == 40

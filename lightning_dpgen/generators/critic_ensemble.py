@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-IMAGES_AT_ONCE = 4096
-"""Images that all critics of a chunk look at together in training."""
+IMAGES_AT_ONCE = {"cpu": 128, "cuda": 4096}
+"""Images that all critics of a chunk look at together in training: what a cache holds, what fills a GPU."""
+RECORDS_AT_ONCE = 16_384
+"""Records that potentials look at together."""
 QUESTIONS_AT_ONCE = 64
 """Questions that are answered together."""
 
@@ -140,7 +142,7 @@ class CriticEnsemble(nn.Module):
             Critic k's step is a function of its own weights, ``real[k]``, ``fake[k]`` and ``labels[k]``.
         """
         self._template.train()
-        size = max(1, IMAGES_AT_ONCE // real.shape[1])
+        size = max(1, IMAGES_AT_ONCE.get(real.device.type, 4096) // real.shape[1])
         for parameter in self.stacked:
             parameter.grad = torch.empty_like(parameter)
         for start in range(0, self.count, size):
@@ -232,7 +234,7 @@ class PotentialCritics(nn.Module):
         classes, of_class, size = points.shape
         rows = points.new_zeros((len(sample), size))
         groups, group = (critic * classes + sample // of_class).unique(return_inverse=True)
-        at_once = max(1, 4 * IMAGES_AT_ONCE // table.shape[2])
+        at_once = max(1, RECORDS_AT_ONCE // table.shape[2])
         for start in range(0, len(groups), at_once):
             part = groups[start : start + at_once]
             index = table[part // classes, part % classes]

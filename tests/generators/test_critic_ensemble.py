@@ -45,7 +45,7 @@ def one_critic_loop(network, rate, batches) -> None:
 @pytest.mark.parametrize("at_once", [4096, 8])
 def test_training_is_the_loop_over_critics(name, at_once, monkeypatch, request):
     request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
-    monkeypatch.setattr(critic_ensemble, "IMAGES_AT_ONCE", at_once)
+    monkeypatch.setitem(critic_ensemble.IMAGES_AT_ONCE, "cpu", at_once)
     torch.set_default_dtype(torch.float64)  # Adam makes a step of every gradient, also of one that is rounding
     critics = ensemble(name)
     alone = [copy.deepcopy(critics._template).requires_grad_(True) for _ in range(5)]

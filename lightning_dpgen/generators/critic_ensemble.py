@@ -176,16 +176,15 @@ class CriticEnsemble(nn.Module):
             ``[P, C, H, W]``.
 
         Privacy:
-            Row p is a function of ``images[sample[p]]`` and of critic ``critic[p]``, to the last bit: unless everybody is asked,
-            questions go in batches of one fixed shape, so that who else was asked does not even change how a device rounds.
-            Writes no state.
+            Row p is a function of ``images[sample[p]]`` and of critic ``critic[p]``. Questions go in batches of one fixed shape, so
+            that who else was asked does not choose the kernels, and with them the rounding, of a device. Writes no state.
         """
         self._template.eval()
         rows = images.new_zeros((len(sample), *images.shape[1:]))
         questions = torch.arange(len(sample), device=images.device)
         everybody = len(sample) == self.count * len(images)
         questions = questions.view(self.count, -1) if everybody else questions[:, None]
-        size = min(len(questions), max(1, QUESTIONS_AT_ONCE // max(1, questions.shape[1])))
+        size = max(1, QUESTIONS_AT_ONCE // max(1, questions.shape[1]))
         for table in questions.split(size) if len(sample) else ():
             filled = torch.cat([table, questions[:1].expand(size - len(table), -1)])
             asked = images[sample[filled]].requires_grad_()

@@ -84,6 +84,8 @@ def test_answers_are_the_loop_over_questions_and_write_nothing(at_once, monkeypa
         expected = torch.autograd.grad(-network(image, labels[i : i + 1]).sum(), image)[0][0]
         torch.testing.assert_close(row, expected, atol=1e-6, rtol=1e-4)
     assert critics.answer(images, labels, sample[:0], critic[:0]).shape == (0, *SHAPE)
+    alone = torch.cat([critics.answer(images, labels, sample[p : p + 1], critic[p : p + 1]) for p in range(7)])
+    assert torch.equal(alone, rows)  # to the last bit, whoever else was asked
     everyone, everything = torch.arange(5).repeat_interleave(6), torch.arange(6).repeat(5)
     whole = critics.answer(images, labels, everything, everyone)
     torch.testing.assert_close(whole[(everything == 5) & (everyone == 3)][0], rows[4], atol=1e-6, rtol=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -12,11 +13,27 @@ from torch.nn.utils.parametrizations import spectral_norm
 ImageShape = tuple[int, int, int]
 
 
-def _joined(latent: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    return torch.cat([latent, F.one_hot(labels, num_classes).to(latent.dtype)], 1)
+class _Generator(nn.Module):
+    """Latent numbers and class, a linear start at a few places, a body that enlarges, the middle of what it makes."""
+
+    start: nn.Module
+    body: nn.Module
+
+    def __init__(self, num_classes: int, image_shape: ImageShape, channels: int, enlargement: int) -> None:
+        super().__init__()
+        self.num_classes, self.image_shape = num_classes, image_shape
+        self._start = (channels, -(-image_shape[1] // enlargement), -(-image_shape[2] // enlargement))
+        self.places = math.prod(self._start)
+
+    def forward(self, latent: Tensor, labels: Tensor) -> Tensor:
+        """``[N, latent_dim]`` and ``[N]`` to ``[N, C, H, W]``."""
+        joined = torch.cat([latent, F.one_hot(labels, self.num_classes).to(latent.dtype)], 1)
+        images: Tensor = self.body(self.start(joined).view(-1, *self._start))
+        top, left = ((images.shape[axis] - self.image_shape[axis - 1]) // 2 for axis in (2, 3))
+        return images[..., top : top + self.image_shape[1], left : left + self.image_shape[2]]
 
 
-class SmallGenerator(nn.Module):
+class SmallGenerator(_Generator):
     """A linear layer and three convolutions over two enlargements, BatchNorm between: for a CPU.
 
     Args:
@@ -27,11 +44,8 @@ class SmallGenerator(nn.Module):
     """
 
     def __init__(self, num_classes: int, image_shape: ImageShape, latent_dim: int, width: int = 32) -> None:
-        super().__init__()
-        self.num_classes, self.image_shape = num_classes, image_shape
-        self._start = (2 * width, -(-image_shape[1] // 4), -(-image_shape[2] // 4))
-        places = self._start[0] * self._start[1] * self._start[2]
-        self.start = nn.Sequential(nn.Linear(latent_dim + num_classes, places), nn.BatchNorm1d(places), nn.ReLU())
+        super().__init__(num_classes, image_shape, 2 * width, enlargement=4)
+        self.start = nn.Sequential(nn.Linear(latent_dim + num_classes, self.places), nn.BatchNorm1d(self.places), nn.ReLU())
         self.body = nn.Sequential(
             nn.Upsample(scale_factor=2),
             nn.Conv2d(2 * width, width, 3, padding=1),
@@ -45,14 +59,8 @@ class SmallGenerator(nn.Module):
             nn.Sigmoid(),
         )
 
-    def forward(self, latent: Tensor, labels: Tensor) -> Tensor:
-        """``[N, latent_dim]`` and ``[N]`` to ``[N, C, H, W]``."""
-        start = self.start(_joined(latent, labels, self.num_classes)).view(-1, *self._start)
-        image: Tensor = self.body(start)[..., : self.image_shape[1], : self.image_shape[2]]
-        return image
 
-
-class DCGANGenerator(nn.Module):
+class DCGANGenerator(_Generator):
     """Three transposed convolutions with BatchNorm (Radford, Metz and Chintala, ICLR 2016), as in GS-WGAN's code.
 
     Args:
@@ -63,11 +71,8 @@ class DCGANGenerator(nn.Module):
     """
 
     def __init__(self, num_classes: int, image_shape: ImageShape, latent_dim: int, width: int = 64) -> None:
-        super().__init__()
-        self.num_classes, self.image_shape = num_classes, image_shape
-        self._start = (4 * width, -(-image_shape[1] // 8), -(-image_shape[2] // 8))
-        places = self._start[0] * self._start[1] * self._start[2]
-        self.start = nn.Sequential(nn.Linear(latent_dim + num_classes, places), nn.ReLU())
+        super().__init__(num_classes, image_shape, 4 * width, enlargement=8)
+        self.start = nn.Sequential(nn.Linear(latent_dim + num_classes, self.places), nn.ReLU())
         self.body = nn.Sequential(
             nn.ConvTranspose2d(4 * width, 2 * width, 4, stride=2, padding=1),
             nn.BatchNorm2d(2 * width),
@@ -78,11 +83,6 @@ class DCGANGenerator(nn.Module):
             nn.ConvTranspose2d(width, image_shape[0], 4, stride=2, padding=1),
             nn.Sigmoid(),
         )
-
-    def forward(self, latent: Tensor, labels: Tensor) -> Tensor:
-        """``[N, latent_dim]`` and ``[N]`` to ``[N, C, H, W]``, the middle of what the layers make."""
-        start = self.start(_joined(latent, labels, self.num_classes)).view(-1, *self._start)
-        return _middle(self.body(start), self.image_shape)
 
 
 class _PixelNorm(nn.Module):
@@ -111,7 +111,7 @@ class _UpBlock(nn.Module):
         return total
 
 
-class ResNetGenerator(nn.Module):
+class ResNetGenerator(_Generator):
     """Three residual up-blocks with spectral norm and pixel norm, the generator of GS-WGAN's paper.
 
     Args:
@@ -122,11 +122,8 @@ class ResNetGenerator(nn.Module):
     """
 
     def __init__(self, num_classes: int, image_shape: ImageShape, latent_dim: int, width: int = 64) -> None:
-        super().__init__()
-        self.num_classes, self.image_shape = num_classes, image_shape
-        self._start = (4 * width, -(-image_shape[1] // 8), -(-image_shape[2] // 8))
-        places = self._start[0] * self._start[1] * self._start[2]
-        self.start = spectral_norm(nn.Linear(latent_dim + num_classes, places))
+        super().__init__(num_classes, image_shape, 4 * width, enlargement=8)
+        self.start = spectral_norm(nn.Linear(latent_dim + num_classes, self.places))
         self.body = nn.Sequential(
             _UpBlock(4 * width, 4 * width),
             _UpBlock(4 * width, 2 * width),
@@ -136,16 +133,6 @@ class ResNetGenerator(nn.Module):
             spectral_norm(nn.Conv2d(width, image_shape[0], 3, padding=1)),
             nn.Sigmoid(),
         )
-
-    def forward(self, latent: Tensor, labels: Tensor) -> Tensor:
-        """``[N, latent_dim]`` and ``[N]`` to ``[N, C, H, W]``, the middle of what the layers make."""
-        start = self.start(_joined(latent, labels, self.num_classes)).view(-1, *self._start)
-        return _middle(self.body(start), self.image_shape)
-
-
-def _middle(images: Tensor, image_shape: ImageShape) -> Tensor:
-    top, left = ((images.shape[axis] - image_shape[axis - 1]) // 2 for axis in (2, 3))
-    return images[..., top : top + image_shape[1], left : left + image_shape[2]]
 
 
 GENERATORS: dict[str, Callable[[int, ImageShape, int], nn.Module]] = {

@@ -52,7 +52,7 @@ class PrivacyBudgetStop(pl.Callback):
             ValueError: With what they come to.
         """
         self._steps = 0
-        first = cast(PrivateTraining, trainer.strategy).epsilon_after(self.every_n_steps)
+        first = cast(PrivateTraining, trainer.strategy).account.epsilon_after(self.every_n_steps)
         if first > self.epsilon:
             raise ValueError(
                 f"PrivacyBudgetStop(epsilon={self.epsilon:g}, every_n_steps={self.every_n_steps}): the first {self.every_n_steps} steps "
@@ -65,7 +65,7 @@ class PrivacyBudgetStop(pl.Callback):
         if self._steps % self.every_n_steps:
             return
         strategy = cast(PrivateTraining, trainer.strategy)
-        if strategy.epsilon_after(self.every_n_steps) > self.epsilon:
+        if strategy.account.epsilon_after(self.every_n_steps) > self.epsilon:
             trainer.should_stop = True
             trainer.fit_loop.min_epochs = 0
             trainer.fit_loop.epoch_loop.min_steps = None  # type: ignore[assignment]

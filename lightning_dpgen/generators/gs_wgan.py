@@ -87,10 +87,9 @@ class GSWGAN(PrivateGenerator):
         set and (1-q)N(0)+qN(b) with the other, |a|, |b| <= C, whatever the record did to its critic: a null record changes
         it as arbitrarily as another record does. (An answer depends on one critic and on what is public: networks are asked
         about one image at a time, potentials about the whole public batch.) The antipodal pair a = -b dominates at every
-        order, and images and steps
-        compose adaptively: B·T subsampled Gaussians, which is what the library's replace-one pair is. What is not included
-        leaves no trace: asking a critic changes no state. With m = K nothing is secret, and each release is a Gaussian of
-        sensitivity 2C. Everything after a release is post-processing.
+        order, and images and steps compose adaptively: B·T subsampled Gaussians, which is what the library's replace-one pair
+        is. What is not included leaves no trace: asking a critic changes no state. With m = K nothing is secret, and each
+        release is a Gaussian of sensitivity 2C. Everything after a release is post-processing.
 
     Raises:
         ValueError: For arguments out of range.
@@ -216,10 +215,10 @@ class GSWGAN(PrivateGenerator):
         """
         loader = cast(Any, self.trainer.train_dataloader)
         images, labels = self._read(all_records(loader, self.trainer.strategy.batch_to_device))
+        marks = fingerprints(images, labels)
         if self.assignment.numel() == 0:
-            self.assignment = self.mechanism.assign_shards().to(self.device)
-            self.record_marks = fingerprints(images, labels)
-        self._check_same_records(images, labels)
+            self.assignment, self.record_marks = self.mechanism.assign_shards().to(self.device), marks
+        self._check_same_records(marks)
         with fresh_randomness(self.device):
             self._shards = Shards(images, labels, self.assignment)
             if self._trains_critics:
@@ -249,16 +248,16 @@ class GSWGAN(PrivateGenerator):
             )
         return records[0].to(self.waves), records[1].to(self.device, torch.int64)
 
-    def _check_same_records(self, images: Tensor, labels: Tensor) -> None:
-        if self.assignment.shape[0] != self.num_critics or len(self.record_marks) != len(images):
+    def _check_same_records(self, marks: Tensor) -> None:
+        if self.assignment.shape[0] != self.num_critics or len(self.record_marks) != len(marks):
             raise ValueError(
                 f"these critics were trained on {len(self.record_marks)} records in {len(self.assignment)} shards; now there are "
-                f"{len(images)} in {self.num_critics}. A record may shape one critic only: start with a new module."
+                f"{len(marks)} in {self.num_critics}. A record may shape one critic only: start with a new module."
             )
-        changed = int((fingerprints(images, labels) != self.record_marks).sum()) if self._trains_critics else 0
+        changed = int((marks != self.record_marks).sum()) if self._trains_critics else 0
         if changed:
             raise ValueError(
-                f"{changed} of {len(images)} records are not those, in that order, on which these critics were trained; a record may shape "
+                f"{changed} of {len(marks)} records are not those, in that order, on which these critics were trained; a record may shape "
                 "one critic only. Give the same records in the same order, without random transforms, or start with a new module."
             )
 
@@ -374,11 +373,11 @@ class GSWGAN(PrivateGenerator):
     def _pixels(self, points: Tensor) -> Tensor:
         return (points.to(self.waves.dtype) @ self.waves).view(-1, *self.image_shape)
 
-    def _latent(self, count: int) -> Tensor:
-        shape = (count, self.latent_dim)
+    def _latent(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        shape, device = (count, self.latent_dim), self.waves.device
         if self.latent == "normal":
-            return torch.randn(shape, device=self.device, dtype=self.waves.dtype)
-        return torch.randint(2, shape, device=self.device).to(self.waves.dtype)
+            return torch.randn(shape, generator=generator, device=device).to(self.waves.dtype)
+        return torch.randint(2, shape, generator=generator, device=device).to(self.waves.dtype)
 
     @torch.no_grad()
     def _update_average(self) -> None:
@@ -392,15 +391,10 @@ class GSWGAN(PrivateGenerator):
 
     def sample(self, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Images of the averaged generator, a latent of its own for each label."""
-        device, shape = self.waves.device, (len(labels), self.latent_dim)
-        if self.latent == "normal":
-            latent = torch.randn(shape, generator=generator, device=device)
-        else:
-            latent = torch.randint(2, shape, generator=generator, device=device)
-        latent = latent.to(self.waves.dtype)
+        latent = self._latent(len(labels), generator)
         self.average.eval()
         with torch.no_grad():
-            parts = zip(latent.split(1000), labels.to(device).split(1000), strict=True)
+            parts = zip(latent.split(1000), labels.to(latent.device).split(1000), strict=True)
             return torch.cat([self.average(z, y) for z, y in parts]).float().clamp(0, 1)
 
     def public_state(self) -> dict[str, Tensor]:

@@ -126,10 +126,6 @@ class PrivateTraining(pl.strategies.Strategy):
         """ε at this strategy's δ of everything in the ledger so far; 0 before the first release."""
         return self.account.epsilon_spent(relation)
 
-    def epsilon_after(self, steps: int) -> float:
-        """ε of everything in the ledger and of so many more trainer steps."""
-        return self.account.epsilon_after(steps)
-
     # Lightning's hooks, in the order in which they are called -------------------------------------------------------
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:

@@ -175,7 +175,7 @@ def test_the_budget_stop_ends_below_its_epsilon(tmp_path, digit_records):
     run = trainer(tmp_path, strategy, max_steps=40, min_steps=40, callbacks=[PrivacyBudgetStop(4.36)])
     run.fit(Mlp(), DataLoader(digit_records, batch_size=8))
     assert run.global_step in (19, 20)  # 20 lots come to 4.36
-    assert strategy.epsilon_spent() <= 4.36 < strategy.epsilon_after(1)
+    assert strategy.epsilon_spent() <= 4.36 < strategy.account.epsilon_after(1)
     with pytest.raises(ValueError, match="is not below the strategy's epsilon=3"):
         trainer(tmp_path, DPStrategy(epsilon=3.0), callbacks=[PrivacyBudgetStop(3.0)]).fit(Mlp(), DataLoader(digit_records, batch_size=8))
     run = trainer(tmp_path, DPStrategy(noise_multiplier=1.0), callbacks=[PrivacyBudgetStop(0.01)])

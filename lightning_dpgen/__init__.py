@@ -3,7 +3,7 @@
 from lightning_dpgen.classifier import Classifier
 from lightning_dpgen.data import DigitsDataModule, FashionMNISTDataModule, ImagesDataModule, MNISTDataModule
 from lightning_dpgen.evaluation import tstr
-from lightning_dpgen.generators import GSWGAN, PrivateGenerator, PrivateSetGeneration
+from lightning_dpgen.generators import GSWGAN, MixturePPCA, PrivateGenerator, PrivateSetGeneration
 from lightning_dpgen.privacy import PrivacyBudget, PrivacyPlan, Relation, calibrate_noise_multiplier
 from lightning_dpgen.release import SanitizedRelease, load_release, verify_release
 from lightning_dpgen.strategies import DPDDPStrategy, DPStrategy
@@ -19,6 +19,7 @@ __all__ = [
     "FashionMNISTDataModule",
     "ImagesDataModule",
     "MNISTDataModule",
+    "MixturePPCA",
     "PrivacyBudget",
     "PrivacyPlan",
     "PrivateGenerator",

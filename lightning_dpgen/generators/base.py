@@ -148,6 +148,18 @@ def as_generator(module: pl.LightningModule, user: object) -> PrivateGenerator:
     return module
 
 
+def check_batch(images: Tensor, labels: Tensor, num_classes: int) -> None:
+    """Raises, for the owner and before training, unless images are floats in [0, 1] and labels are classes."""
+    if len(images) == 0:
+        return
+    if not images.is_floating_point() or labels.is_floating_point():
+        raise ValueError(f"images are {images.dtype} and labels {labels.dtype}: give images as floats in [0, 1] and whole-number labels.")
+    if not images.isfinite().all() or images.min() < 0 or images.max() > 1:
+        raise ValueError("images must be finite and in [0, 1]. Divide by their public maximum (255 for bytes), not by one of the records.")
+    if labels.min() < 0 or labels.max() >= num_classes:
+        raise ValueError(f"labels must run from 0 to {num_classes - 1} for the {num_classes} declared classes; some do not.")
+
+
 def to_bytes(images: Tensor) -> NDArray[np.uint8]:
     """Images ``[N, C, H, W]`` in [0, 1] as uint8 ``[N, H, W]`` (one channel) or ``[N, H, W, C]``."""
     pixels = (images * 255).round().to(torch.uint8)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_dpgen._validate import fail, non_negative, one_of, positive, positive_int
-from lightning_dpgen.generators.base import PrivateGenerator
+from lightning_dpgen.generators.base import PrivateGenerator, check_batch
 from lightning_dpgen.generators.critic_ensemble import CriticEnsemble, PotentialCritics, Shards, fingerprints
 from lightning_dpgen.nn.critics import CRITICS
 from lightning_dpgen.nn.generators import GENERATORS
@@ -236,7 +236,7 @@ class GSWGAN(PrivateGenerator):
         if len(records) != 2 or records[0].shape[1:] != torch.Size(self.image_shape) or records[1].shape != records[0].shape[:1]:
             found = [tuple(leaf.shape) for leaf in records]
             raise ValueError(f"records must be (image {self.image_shape}, label); the loader gives {found}.")
-        _check_values(*records, self.num_classes)
+        check_batch(*records, self.num_classes)
         each = len(records[0]) // self.num_critics
         if each < 3 * self.num_classes:
             log.warning(
@@ -455,13 +455,3 @@ def _check_network(what: str, network: nn.Module, inputs: tuple[Tensor, ...], sh
         raise ValueError(f"{what} {type(network).__name__} cannot be called as {wanted}: {error}") from error
     if tuple(found.shape) != shape or (what == "generator" and not (found.min() >= 0 and found.max() <= 1)):
         raise ValueError(f"{what} {type(network).__name__} gives {tuple(found.shape)} for 2 images; it must be {wanted}.")
-
-
-def _check_values(images: Tensor, labels: Tensor, num_classes: int) -> None:
-    """Raises, for the owner and before training, unless images are floats in [0, 1] and labels are classes."""
-    if not images.is_floating_point() or labels.is_floating_point():
-        raise ValueError(f"images are {images.dtype} and labels {labels.dtype}: give images as floats in [0, 1] and whole-number labels.")
-    if not images.isfinite().all() or images.min() < 0 or images.max() > 1:
-        raise ValueError("images must be finite and in [0, 1]. Divide by their public maximum (255 for bytes), not by one of the records.")
-    if labels.min() < 0 or labels.max() >= num_classes:
-        raise ValueError(f"labels must run from 0 to {num_classes - 1} for the {num_classes} declared classes; some do not.")

@@ -6,6 +6,7 @@ add one, so that what the mechanism noises is known to be bounded.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -21,6 +22,10 @@ PIECE = 1024
 """Columns whose squares are added up at once."""
 ROUNDING = 1 + 2.0**-12
 """A bound on how far one record moves a sum, of C, rounding included (norms to 4e-6, sums of 32 rows to 1.2e-4 of C)."""
+COUNTER = 0.3
+"""What a record adds to its cell's count in :func:`cell_sums`, of the radius that its row is clipped to."""
+HELD = 2**24
+"""Numbers that :func:`cell_moments` holds at once."""
 _KEY = object()
 
 
@@ -140,6 +145,93 @@ def grouped_clipped_sum(rows: Mapping[str, Tensor], groups: Tensor, count: int, 
         empty = torch.zeros((count, scaled.shape[1]), dtype=torch.float64, device=value.device)
         sums[name] = empty.index_add_(0, groups, scaled).view(count, *value.shape[1:])
     return ClippedSum(sums, clip_norm, count, _key=_KEY)
+
+
+def cell_sums(rows: Tensor, cells: Tensor, count: int, radius: float) -> ClippedSum:
+    """Clips each row to ``radius`` and adds it to its cell's sum, with a count of the cell's records beside it.
+
+    Args:
+        rows: ``[B, D]``; ``B`` may be 0.
+        cells: ``[B]``: the cell of each record, for example its class.
+        count: Number of cells.
+        radius: R.
+
+    Returns:
+        ``sums`` ``[count, D]`` and ``counts`` ``[count]``, the latter in units of 0.3 R, as one sum of clip norm √1.09 R.
+
+    Privacy:
+        Each record is in one cell, to which it adds (row, 0.3 R) of norm at most √1.09 R = C: zero-out sensitivity C. Replaced
+        within its cell it moves the sum by 2R, between cells by √2 C, which is less: replace-one sensitivity 2R
+        (:data:`CELL_SUMS_REPLACED` of C). A row with a non-finite number adds nothing.
+    """
+    positive("radius", radius)
+    factors = _clip_factors(row_norms({"rows": rows.double()}), radius)
+    clipped = torch.where(factors[:, None] > 0, rows.double(), 0.0) * factors[:, None]
+    sums = torch.zeros((count, rows.shape[1]), dtype=torch.float64, device=rows.device).index_add_(0, cells, clipped)
+    counted = (factors > 0).double() * (COUNTER * radius)
+    counts = torch.zeros(count, dtype=torch.float64, device=rows.device).index_add_(0, cells, counted)
+    return ClippedSum({"sums": sums, "counts": counts}, cell_sums_norm(radius), _key=_KEY)
+
+
+def cell_sums_norm(radius: float) -> float:
+    """The clip norm of :func:`cell_sums`: √1.09 R."""
+    return math.sqrt(1 + COUNTER**2) * radius
+
+
+CELL_SUMS_REPLACED = 2 / math.sqrt(1 + COUNTER**2)
+CELL_MOMENTS_REPLACED = math.sqrt(2)
+
+
+def cell_moments(rows: Tensor, cells: Tensor, count: int, radius: float) -> ClippedSum:
+    """Clips each row z to ``radius`` and adds zzᵀ to its cell's sum.
+
+    Args:
+        rows: ``[B, D]``; ``B`` may be 0.
+        cells: ``[B]``.
+        count: Number of cells.
+        radius: R.
+
+    Returns:
+        ``moments`` ``[count, D (D + 1) / 2]``: upper triangles whose off-diagonal numbers are multiplied by √2, as
+        :func:`moment_matrices` undoes, so that the norm is that of the matrix. Clip norm R².
+
+    Privacy:
+        Each record is in one cell, to which it adds a matrix of norm ‖z‖² ≤ R² = C: zero-out sensitivity C. Replace-one: two such
+        matrices of any two cells have a product of at least 0, so they lie at most √2 C apart (:data:`CELL_MOMENTS_REPLACED`
+        of C). A row with a non-finite number adds nothing.
+    """
+    positive("radius", radius)
+    factors = _clip_factors(row_norms({"rows": rows.double()}), radius)
+    clipped = torch.where(factors[:, None] > 0, rows.double(), 0.0) * factors[:, None]
+    row, column, scale = _triangle(rows.shape[1], rows.device)
+    if count == 1:
+        total = ((clipped.T @ clipped)[row, column] * scale)[None]
+    else:
+        total = torch.zeros((count, len(row)), dtype=torch.float64, device=rows.device)
+        for part, cell in zip(clipped.split(max(1, HELD // len(row))), cells.split(max(1, HELD // len(row))), strict=True):
+            total.index_add_(0, cell, part[:, row] * part[:, column] * scale)
+    return ClippedSum({"moments": total}, radius**2, _key=_KEY)
+
+
+def moment_matrices(packed: Tensor, dimensions: int) -> Tensor:
+    """The symmetric matrices ``[…, D, D]`` of packed triangles ``[…, D (D + 1) / 2]``.
+
+    Args:
+        packed: As :func:`cell_moments` packs them.
+        dimensions: D.
+    """
+    row, column, scale = _triangle(dimensions, packed.device)
+    full = packed.new_zeros((*packed.shape[:-1], dimensions, dimensions))
+    full[..., row, column] = packed / scale.to(packed.dtype)
+    full[..., column, row] = full[..., row, column]
+    return full
+
+
+def _triangle(dimensions: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    row, column = torch.triu_indices(dimensions, dimensions, device=device)
+    scale = torch.full(row.shape, math.sqrt(2), dtype=torch.float64, device=device)
+    scale[row == column] = 1.0
+    return row, column, scale
 
 
 def weighted_rows(rows: Tensor, factors: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -29,6 +29,10 @@ class GaussianMechanism:
         stream: The SECRET stream that noise is drawn from.
         capped: Whether the plan's counts are a hard cap (they are when a budget was given).
 
+    Attributes:
+        add_up: Adds a clipped sum up over processes that hold different records; nothing to do for one process.
+        share: Gives what the first process released to all.
+
     Privacy:
         Relation, sensitivity and count are the plan's. What passes is the clipped sum plus N(0, (zC)²) on every number (larger
         by what rounding may add to C, 2.4e-4), drawn and added in float64 and rounded once. In this order: check, ledger,
@@ -47,6 +51,8 @@ class GaussianMechanism:
         self.noise_multiplier = non_negative("noise_multiplier", noise_multiplier)
         self.ledger = ledger
         self.capped = capped
+        self.add_up: Callable[[ClippedSum], ClippedSum] = lambda total: total
+        self.share: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda released: released
         self._stream = stream
         self._released_lot: bool | None = None
         self._drawn: tuple[int, Tensor] | None = None
@@ -178,7 +184,7 @@ class GaussianMechanism:
                 f"release {name!r}: rows were clipped to {contribution.clip_norm}, the plan says {release.clip_norm}: the "
                 "noise would not fit. Take the clip norm from the plan."
             )
-        return self._release(name, contribution)
+        return self.share(self._release(name, self.add_up(contribution)))
 
     def _release(self, name: str, contribution: ClippedSum) -> dict[str, Tensor]:
         release = self.plan.release(name)

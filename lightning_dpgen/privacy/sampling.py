@@ -51,22 +51,26 @@ class FullPassChunks(Sampler[list[int]]):
 
     Args:
         sampling: N.
-        chunk_size: Records in a chunk; the last one is smaller rather than dropped or padded.
+        chunk_size: Records in a chunk of all processes together; the last one is smaller rather than dropped or padded.
+        rank: Of several processes, which one this is; it holds the records ``rank``, ``rank + world``, … and no other.
+        world: Number of processes, which all get the same number of chunks.
 
     Privacy:
         Deterministic: each record contributes to exactly one chunk, and the chunks' clipped sums are released as one.
     """
 
-    def __init__(self, sampling: FullPass, chunk_size: int) -> None:
+    def __init__(self, sampling: FullPass, chunk_size: int, rank: int = 0, world: int = 1) -> None:
         self.sampling = sampling
         self.chunk_size = positive_int("chunk_size", chunk_size)
+        self._rank, self._world = rank, world
 
     def __len__(self) -> int:
         return -(-self.sampling.records // self.chunk_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         for start in range(0, self.sampling.records, self.chunk_size):
-            yield list(range(start, min(start + self.chunk_size, self.sampling.records)))
+            first = start + (self._rank - start) % self._world
+            yield list(range(first, min(start + self.chunk_size, self.sampling.records), self._world))
 
 
 class NoRecords(Sampler[list[int]]):

@@ -9,6 +9,7 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_dpgen._compat import pl
+from lightning_dpgen.privacy.plan import PrivacyPlan
 
 
 def check_trainer(trainer: Any, capped: bool) -> None:
@@ -164,3 +165,28 @@ def planned_steps(trainer: pl.Trainer, module: pl.LightningModule) -> int | None
         lots = int(trainer.num_training_batches) * int(trainer.max_epochs or 0)
         return max(int(steps), lots) if trainer.max_steps == -1 else min(trainer.max_steps, lots)
     return int(steps)
+
+
+def set_passes(trainer: pl.Trainer, plan: PrivacyPlan) -> int:
+    """Makes the trainer run one epoch for each release of a plan of full passes; returns how many.
+
+    Raises:
+        ValueError: If the user's limits leave out a pass or a part of one.
+    """
+    passes = sum(release.count for release in plan.releases)
+    name = type(trainer.lightning_module).__name__
+    limits = {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps}
+    for argument, limit in limits.items():
+        if limit not in (None, -1) and limit < passes:
+            raise ValueError(
+                f"{argument}={limit}: {name} reads all records once for each of its {passes} releases, an epoch and a step each. Leave "
+                f"{argument} out, which gives it {passes} epochs."
+            )
+    loader = cast(Any, trainer.train_dataloader)
+    if trainer.num_training_batches != len(loader):
+        raise ValueError(
+            f"limit_train_batches={trainer.limit_train_batches}: {name} must read all records in every pass, and would read "
+            f"{trainer.num_training_batches} of {len(loader)} chunks. Leave it out (fast_dev_run too)."
+        )
+    trainer.fit_loop.max_epochs = passes
+    return passes

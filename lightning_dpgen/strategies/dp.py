@@ -159,18 +159,8 @@ class DPDDPStrategy(PrivateTraining, pl.strategies.DDPStrategy):
             assert state is not None
             assert shape is not None
             self.account.follow(state, PrivacyPlan.from_dict(shape))
-
-    def _over_processes(self, total: ClippedSum) -> ClippedSum:
-        def add_up(value: Tensor) -> Tensor:
-            torch.distributed.all_reduce(value)
-            return value
-
-        return sum_over_processes(total, add_up)
-
-    def _of_first_process(self, released: dict[str, Tensor]) -> dict[str, Tensor]:
-        for name in sorted(released):
-            torch.distributed.broadcast(released[name], src=0)
-        return released
+        mechanism = self.account.ready()
+        mechanism.add_up, mechanism.share = _add_up, _of_first_process
 
     def _average_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         for group in optimizer.param_groups:
@@ -178,3 +168,17 @@ class DPDDPStrategy(PrivateTraining, pl.strategies.DDPStrategy):
                 if parameter.grad is not None:
                     torch.distributed.all_reduce(parameter.grad)
                     parameter.grad /= self.world
+
+
+def _add_up(total: ClippedSum) -> ClippedSum:
+    def add_up(value: Tensor) -> Tensor:
+        torch.distributed.all_reduce(value)
+        return value
+
+    return sum_over_processes(total, add_up)
+
+
+def _of_first_process(released: dict[str, Tensor]) -> dict[str, Tensor]:
+    for name in sorted(released):
+        torch.distributed.broadcast(released[name], src=0)
+    return released

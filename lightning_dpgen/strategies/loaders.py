@@ -173,7 +173,7 @@ def private_loader(loader: DataLoader[Any], sampling: Sampling, stream: SecretSt
     if isinstance(sampling, PoissonSampling):
         batch_sampler = PoissonLots(sampling, lots, stream, rank, world)
     elif isinstance(sampling, FullPass):
-        batch_sampler = FullPassChunks(sampling, cast(int, loader.batch_size))
+        batch_sampler = FullPassChunks(sampling, cast(int, loader.batch_size), rank, world)
     else:
         batch_sampler = NoRecords(sampling, lots, cast(int, loader.batch_size))
     options: dict[str, Any] = {

@@ -16,11 +16,10 @@ from torch.utils.data import DataLoader
 from lightning_dpgen._compat import pl, submodule
 from lightning_dpgen._validate import non_negative, one_of, positive, positive_int
 from lightning_dpgen.privacy.budget import PrivacyBudget
-from lightning_dpgen.privacy.clipping import ClippedSum
 from lightning_dpgen.privacy.ledger import PrivacyLedger
 from lightning_dpgen.privacy.mechanism import GaussianMechanism
 from lightning_dpgen.privacy.noise import SecretStream
-from lightning_dpgen.privacy.plan import PoissonSampling, PrivacyPlan, Relation, Release
+from lightning_dpgen.privacy.plan import FullPass, PoissonSampling, PrivacyPlan, Relation, Release
 from lightning_dpgen.strategies.account import PrivacyAccount, Terms
 from lightning_dpgen.strategies.compatibility import (
     check_module,
@@ -29,6 +28,7 @@ from lightning_dpgen.strategies.compatibility import (
     planned_steps,
     private_optimizer,
     private_roots,
+    set_passes,
 )
 from lightning_dpgen.strategies.engine import PerRecordEngine, SingleRecordEngine, part_of, record_count
 from lightning_dpgen.strategies.functional import CHUNK, FunctionalEngine
@@ -319,12 +319,6 @@ class PrivateTraining(pl.strategies.Strategy):
     def _begin(self, plan: PrivacyPlan, folder: Path, previous: dict[str, Any] | None, share_done: Fraction) -> None:
         self.account.begin(plan, folder, previous, share_done)
 
-    def _over_processes(self, total: ClippedSum) -> ClippedSum:
-        return total
-
-    def _of_first_process(self, released: dict[str, Tensor]) -> dict[str, Tensor]:
-        return released
-
     def _average_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Averages the gradients of a public optimizer over processes."""
 
@@ -355,8 +349,6 @@ class PrivateTraining(pl.strategies.Strategy):
                 f"{name} has configure_privacy() and automatic optimization, which would step on raw gradients. Set "
                 "automatic_optimization = False and step on what self.mechanism.release() returns."
             )
-        if self.world > 1:
-            raise ValueError(f"{name} makes its own releases, on one device. Use Trainer(devices=1, strategy=DPStrategy(…)).")
         given = {"private_modules": self._private_modules, "physical_batch_size": self._physical}
         for argument, value in given.items():
             if value is not None:
@@ -380,6 +372,8 @@ class PrivateTraining(pl.strategies.Strategy):
             )
         longer = {release.name: release.count for release in self._plan_of((steps or 1) + 1).releases}
         plan = self._plan_of(steps or 1)
+        if isinstance(plan.sampling, FullPass):
+            steps, self.open_ended = set_passes(trainer, plan), False
         self.account.per_step = {r.name: max(1, longer.get(r.name, 0) - r.count) for r in plan.releases}
         if self._owns_releases and self._clip_norm is not None:
             raise ValueError(
@@ -390,6 +384,10 @@ class PrivateTraining(pl.strategies.Strategy):
         self._probed_before = previous is not None and bool(previous["probed"])
         counts_lots = module.automatic_optimization or self._owns_releases  # else global_step counts every optimizer
         done = max(trainer.global_step, 0 if previous is None else int(previous["global_step"])) if counts_lots else 0
+        if self._owns_releases and self.world > 1 and not isinstance(plan.sampling, FullPass):
+            raise ValueError(
+                f"{type(module).__name__} makes its own releases, on one device. Use Trainer(devices=1, strategy=DPStrategy(…))."
+            )
         self._begin(plan, Path(trainer.default_root_dir) / "privacy", previous, Fraction(min(done, steps or 1), steps or 1))
         self._check_history(module)
         self._prepared, self._private_keys = True, set()
@@ -508,8 +506,7 @@ class PrivateTraining(pl.strategies.Strategy):
         return output
 
     def _release(self, engine: PerRecordEngine) -> None:
-        total = self._over_processes(engine.take())
-        released = self._of_first_process(self.account.ready().release(GRADIENT_SUM, total))
+        released = self.account.ready().release(GRADIENT_SUM, engine.take())
         divisor = cast(PoissonSampling, self.plan.sampling).expected_batch_size
         for name, parameter in engine.parameters.items():
             parameter.grad = (released[name] / divisor).to(parameter.dtype)

@@ -7,9 +7,12 @@ from lightning_dpgen.nn.classifiers import ConvNet
 from lightning_dpgen.privacy.clipping import (
     ROUNDING,
     ClippedSum,
+    cell_moments,
+    cell_sums,
     clipped_gradient_sum,
     clipped_sum,
     grouped_clipped_sum,
+    moment_matrices,
     per_record_gradients,
     row_norms,
     sum_over_processes,
@@ -169,3 +172,42 @@ def test_grouped_sums_are_the_loop_over_rows():
         total + grouped_clipped_sum(rows, groups, 6, 1.5)
     empty = grouped_clipped_sum({"a": torch.zeros(0, 3)}, torch.zeros(0, dtype=torch.int64), 2, 1.0)
     assert tensors_of(empty)["a"].tolist() == [[0.0] * 3] * 2
+
+
+def test_cell_sums_are_the_loop_over_rows_and_leave_out_what_is_not_finite():
+    torch.manual_seed(0)
+    rows, cells = torch.randn(9, 4) * 3, torch.tensor([0, 2, 2, 0, 1, 2, 0, 0, 1])
+    rows[3, 1], rows[8, 0] = float("nan"), float("inf")
+    total = cell_sums(rows, cells, 4, 2.0)
+    found = tensors_of(total)
+    assert total.clip_norm == pytest.approx(2.0 * 1.09**0.5)
+    for cell in range(4):
+        mine = [row.double() for index, row in enumerate(rows) if cells[index] == cell and index not in (3, 8)]
+        expected = sum((row * min(1.0, 2.0 / float(row.norm())) for row in mine), torch.zeros(4, dtype=torch.float64))
+        torch.testing.assert_close(found["sums"][cell], expected)
+        assert float(found["counts"][cell]) == pytest.approx(0.3 * 2.0 * len(mine))
+    parts = cell_sums(rows[:5], cells[:5], 4, 2.0) + cell_sums(rows[5:], cells[5:], 4, 2.0)
+    torch.testing.assert_close(tensors_of(parts)["sums"], found["sums"])
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_cell_moments_are_the_loop_over_rows_with_the_norm_of_the_matrix(monkeypatch, count):
+    monkeypatch.setattr("lightning_dpgen.privacy.clipping.HELD", 25)  # two rows at a time
+    torch.manual_seed(0)
+    rows, cells = torch.randn(9, 4), torch.arange(9) % count
+    rows[3, 1] = float("nan")
+    total = cell_moments(rows, cells, count, 1.5)
+    packed = tensors_of(total)["moments"]
+    matrices = moment_matrices(packed, 4)
+    assert total.clip_norm == 1.5**2
+    for cell in range(count):
+        mine = [row.double() for index, row in enumerate(rows) if cells[index] == cell and index != 3]
+        expected = sum((torch.outer(row, row) * min(1.0, 1.5 / float(row.norm())) ** 2 for row in mine), torch.zeros(4, 4).double())
+        torch.testing.assert_close(matrices[cell], expected)
+        assert float(packed[cell].norm()) == pytest.approx(float(expected.norm()))
+
+
+def test_cells_of_no_rows_are_zero():
+    nothing = torch.zeros(0, 3), torch.zeros(0, dtype=torch.int64)
+    for total in (cell_sums(*nothing, 2, 1.0), cell_moments(*nothing, 2, 1.0), cell_moments(*nothing, 1, 1.0)):
+        assert all(not value.any() for value in tensors_of(total).values())

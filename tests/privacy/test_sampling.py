@@ -58,6 +58,9 @@ def test_a_full_pass_sees_every_record_once():
     sampler = FullPassChunks(FullPass(10), 4)
     assert list(sampler) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert len(sampler) == 3
+    parts = [list(FullPassChunks(FullPass(10), 4, rank, 3)) for rank in range(3)]
+    assert [sorted(sum(chunk, [])) for chunk in zip(*parts, strict=True)] == list(sampler)
+    assert [part[2] for part in parts] == [[9], [], [8]]
 
 
 def test_shards_are_disjoint_equal_and_secret():

@@ -12,7 +12,7 @@ from helpers import Mlp, Module, flat
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_dpgen import DPDDPStrategy
+from lightning_dpgen import DPDDPStrategy, MixturePPCA, PrivateGenerator, PrivateSetGeneration
 
 
 class Keep(pl.Callback):
@@ -40,8 +40,13 @@ def main(folder: str, options: str) -> None:
         torch.rand(count, 1, 8, 8, generator=generator), torch.randint(10, (count,), generator=generator), torch.arange(count)
     )
     torch.manual_seed(0)
-    if chosen.get("wide"):
-        module: pl.LightningModule = Module(nn.Linear(64, 64), lambda net, batch: net(batch[0].flatten(1)).sum(1).mean() * 0)
+    module: pl.LightningModule
+    kinds = {"mixture": MixturePPCA, "private_set": PrivateSetGeneration}
+    if "generator" in chosen:
+        records = TensorDataset(*records.tensors[:2])
+        module = kinds[chosen["generator"]](num_classes=10, image_shape=(1, 8, 8))
+    elif chosen.get("wide"):
+        module = Module(nn.Linear(64, 64), lambda net, batch: net(batch[0].flatten(1)).sum(1).mean() * 0)
     else:
         module = Indexed()
     keep = Keep()
@@ -65,6 +70,7 @@ def main(folder: str, options: str) -> None:
     torch.save(
         {
             "moved": start - flat(module),
+            "state": module.public_state() if isinstance(module, PrivateGenerator) else None,
             "lots": keep.lots,
             "releases": len(strategy.ledger),
             "epsilon": strategy.epsilon_spent(),

@@ -13,7 +13,7 @@ import torch
 from helpers import Mlp, fit
 from torch.utils.data import TensorDataset
 
-from lightning_dpgen import DPDDPStrategy
+from lightning_dpgen import DPDDPStrategy, DPStrategy, MixturePPCA
 
 HERE = Path(__file__).parent
 
@@ -36,6 +36,28 @@ def ddp(folder, launcher=(), **options):
 def test_forked_processes_are_refused():
     with pytest.raises(ValueError, match="start_method='fork'"):
         DPDDPStrategy(epsilon=3.0, start_method="fork")
+
+
+def test_full_passes_of_several_processes_are_one_pass(tmp_path):
+    options = {"records": 33, "batch_size": 16, "steps": -1, "generator": "mixture"}
+    found = ddp(tmp_path / "ddp", **options, strategy={"noise_multiplier": 0.0})
+    generator = torch.Generator().manual_seed(0)
+    records = TensorDataset(torch.rand(33, 1, 8, 8, generator=generator), torch.randint(10, (33,), generator=generator))
+    torch.manual_seed(0)
+    module = MixturePPCA(num_classes=10, image_shape=(1, 8, 8))
+    fit(tmp_path, module, records, 16, strategy=DPStrategy(noise_multiplier=0.0), trainer_options={"max_steps": -1})
+    for name, value in module.public_state().items():
+        assert torch.equal(found[0]["state"][name], found[1]["state"][name])
+        if name in ("means", "weights"):  # eigenvectors of 33 random images in 64 numbers may turn with rounding
+            torch.testing.assert_close(found[0]["state"][name], value, atol=1e-4, rtol=1e-4)
+    noised = ddp(tmp_path / "noised", **options, strategy={"epsilon": 10.0})
+    assert [one["releases"] for one in noised] == [7, 7]
+    assert all(torch.equal(value, noised[1]["state"][name]) for name, value in noised[0]["state"].items())
+
+
+def test_other_methods_with_releases_of_their_own_stay_on_one_device(tmp_path):
+    with pytest.raises(AssertionError, match="PrivateSetGeneration makes its own releases, on one device"):
+        ddp(tmp_path, records=33, batch_size=16, steps=2, generator="private_set", strategy={"epsilon": 10.0})
 
 
 SLOW = [pytest.param(world, grad_sample, marks=pytest.mark.slow) for world, grad_sample in ((4, "hooks"), (2, "ghost"), (2, "functional"))]

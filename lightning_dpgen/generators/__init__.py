@@ -2,7 +2,8 @@
 
 from lightning_dpgen.generators.base import PrivateGenerator, looking_at, to_bytes
 from lightning_dpgen.generators.gs_wgan import GSWGAN
+from lightning_dpgen.generators.matching import MatchingSchedule
 from lightning_dpgen.generators.mixture_ppca import MixturePPCA
-from lightning_dpgen.generators.private_set import MatchingSchedule, PrivateSetGeneration
+from lightning_dpgen.generators.private_set import PrivateSetGeneration
 
 __all__ = ["GSWGAN", "MatchingSchedule", "MixturePPCA", "PrivateGenerator", "PrivateSetGeneration", "looking_at", "to_bytes"]

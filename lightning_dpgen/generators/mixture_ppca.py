@@ -214,15 +214,17 @@ class MixturePPCA(PrivateGenerator):
         """One that moves nothing: its steps count the releases."""
         return torch.optim.SGD([self.passes], lr=0.0)
 
-    def on_fit_start(self) -> None:
+    def on_train_start(self) -> None:
         """Settles K and d, now that the noise is known, and says them.
 
         Raises:
             ValueError: If this mixture is fitted already: its statistics are released once.
         """
-        if self.trainer.global_step == 0 and self.is_fitted:
-            raise ValueError("this MixturePPCA is fitted already; another fit would pay for the same statistics again. Start a new one.")
         if self.trainer.global_step == 0:
+            if self.is_fitted:
+                raise ValueError(
+                    "this MixturePPCA is fitted already; another fit would pay for the same statistics again. Start a new one."
+                )
             plan = self.mechanism.plan
             noise = self.mechanism.noise_multiplier * plan.release(CLUSTER_SUMS).relative_noise
             size = mixture_size(plan.sampling.records, self.num_classes, math.prod(self.image_shape), noise)

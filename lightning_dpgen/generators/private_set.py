@@ -1,13 +1,13 @@
-"""Private set generation: learns a few synthetic images a class by matching gradients under DP-SGD's mechanism.
+"""Private set generation: learns a few synthetic images a class that look like the records to random networks.
 
-Chen, Kerkouche and Fritz, "Private Set Generation with Discriminative Information" (NeurIPS 2022), whose signal is that of
-Zhao, Mopuri and Bilen, "Dataset Condensation with Gradient Matching" (ICLR 2021).
+Chen, Kerkouche and Fritz, "Private Set Generation with Discriminative Information" (NeurIPS 2022); ``matching.py`` has what is
+matched.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any, cast
 
 import torch
@@ -15,150 +15,39 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from lightning_dpgen._validate import fail, one_of, positive, positive_int
+from lightning_dpgen._validate import fail, positive_int
 from lightning_dpgen.generators.base import PrivateGenerator
+from lightning_dpgen.generators.matching import centred_feature_sums, class_features, gradient_distance, schedule
 from lightning_dpgen.nn.classifiers import ConvNet
-from lightning_dpgen.privacy.clipping import clipped_gradient_sum
+from lightning_dpgen.privacy.clipping import COUNTER, cell_sums_norm, clipped_gradient_sum
 from lightning_dpgen.privacy.plan import PoissonSampling, PrivacyPlan, Release
 
-GRADIENT_SUM = "gradient_sum"
-
-
-@dataclass(frozen=True)
-class MatchingSchedule:
-    """The loops and rates of gradient matching; all of them post-processing but for ``width`` and ``clip_norm``.
-
-    Args:
-        width: Channels of the matching network.
-        clip_norm: C of a record's whole gradient.
-        layers: Whose gradient is released and matched: ``"all"`` (published), or ``"head"``: the last layer alone, for which
-            a record's row needs no backward pass and the noise has fewer numbers to fall on.
-        distance: ``"rows"``: 1 − cosine for each output row, summed (published). ``"whole"``: 1 − cosine of the whole
-            gradient, in which noise weighs as little as it does in the sum.
-        rounds: Times that one network is matched before a fresh one is drawn.
-        matches: Releases in a round.
-        network_epochs: Steps of SGD on the synthetic set between rounds.
-        network_lr: Their learning rate.
-        image_steps: Image steps for each release.
-        replay: Whether all image steps but the first go back to a random earlier release and its network: what was paid for
-            once is matched many times.
-        image_rule: ``"sgd"`` (published): plain SGD on unbounded images. ``"pixels"``: the gradient is scaled to a root mean
-            square of 1, so that ``image_lr`` is in pixel values whatever the data; the rate falls to 2 % as a half cosine over
-            the planned steps; after each step the images are projected to [0, 1], where they will be published.
-        image_lr: Learning rate of the images.
-        image_momentum: Their momentum.
-        averaging: Decay of the average over image steps that is published; 0 publishes the last images.
-        origin: Where these values come from, for the certificate.
-    """
-
-    width: int
-    clip_norm: float
-    layers: str
-    distance: str
-    rounds: int
-    matches: int
-    network_epochs: int
-    network_lr: float
-    image_steps: int
-    replay: bool
-    image_rule: str
-    image_lr: float
-    image_momentum: float
-    averaging: float
-    origin: str
-
-    def __post_init__(self) -> None:
-        for name in ("width", "rounds", "matches", "image_steps"):
-            positive_int(name, getattr(self, name))
-        for name in ("clip_norm", "network_lr", "image_lr"):
-            positive(name, getattr(self, name))
-        one_of("layers", self.layers, ("all", "head"))
-        one_of("distance", self.distance, ("rows", "whole"))
-        one_of("image_rule", self.image_rule, ("sgd", "pixels"))
-        for name in ("image_momentum", "averaging"):
-            if not 0 <= getattr(self, name) < 1:
-                raise fail(name, getattr(self, name), "at least 0 and below 1")
-
-
-_PUBLISHED_LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 50: (50, 10)}
-
-
-def schedule(preset: str, images_per_class: int) -> MatchingSchedule:
-    """The named schedule.
-
-    Args:
-        preset: ``"cpu"``, or ``"published"`` for the paper's loops (1,000 iterations of rounds × matches releases at an
-            expected lot of 256: 10,000, 100,000 and 200,000 trainer steps for 1, 10 and 20 images a class).
-        images_per_class: Images a class; the published loops exist for 1, 10, 20 and 50.
-
-    Raises:
-        ValueError: For an unknown name, or a number of images that the paper has no loops for.
-    """
-    if one_of("preset", preset, ("cpu", "published")) == "cpu":
-        return CPU
-    if images_per_class not in _PUBLISHED_LOOPS:
-        raise fail("images_per_class", images_per_class, f"one of {tuple(_PUBLISHED_LOOPS)} in the published loops", "Use preset='cpu'.")
-    rounds, epochs = _PUBLISHED_LOOPS[images_per_class]
-    return MatchingSchedule(
-        width=128,
-        clip_norm=0.1,
-        layers="all",
-        distance="rows",
-        rounds=rounds,
-        matches=10,
-        network_epochs=epochs,
-        network_lr=0.01,
-        image_steps=1,
-        replay=False,
-        image_rule="sgd",
-        image_lr=0.1,
-        image_momentum=0.5,
-        averaging=0.0,
-        origin="Chen, Kerkouche and Fritz, NeurIPS 2022; chosen there by results on MNIST and FashionMNIST, outside the guarantee",
-    )
-
-
-CPU = MatchingSchedule(
-    width=32,
-    clip_norm=0.1,
-    layers="head",
-    distance="whole",
-    rounds=1,
-    matches=1,
-    network_epochs=1,
-    network_lr=0.01,
-    image_steps=20,
-    replay=True,
-    image_rule="pixels",
-    image_lr=0.02,
-    image_momentum=0.5,
-    averaging=0.0,
-    origin="tuned, with lots of 2,048 and 120 steps, on MNIST's training records (50,000 to train, 10,000 held out); not covered by "
-    "the guarantee for MNIST",
-)
-"""A schedule for two CPU cores: few releases from large lots, each with a fresh network and several image steps."""
+GRADIENT_SUM, FEATURE_SUMS = "gradient_sum", "feature_sums"
 
 
 class PrivateSetGeneration(PrivateGenerator):
-    """Learns ``images_per_class`` images for each class by private gradient matching.
+    """Learns ``images_per_class`` images for each class by private matching.
 
-    One trainer step is one Poisson lot and one release: the sum of the records' clipped gradients on a network that no
-    record has shaped. The images then take ``image_steps`` steps towards it.
+    One trainer step is one Poisson lot and one release, of what the records are to a network that no record has shaped: the sum of
+    their clipped gradients, or by class of their clipped features. The images then take ``image_steps`` steps towards it.
 
     Args:
         images_per_class: Images a class.
-        preset: Named :class:`MatchingSchedule`: ``"cpu"`` or ``"published"``.
+        matching: ``"gradients"`` (published), or ``"features"``, which learns more from the same budget.
+        preset: Named :class:`MatchingSchedule`: ``"cpu"`` or, for gradients, ``"published"``.
         num_classes: Number of classes; the data module's if not given.
         image_shape: ``(C, H, W)``, at least 8 × 8; the data module's if not given.
         chunk_size: Records whose gradients are held at once.
         schedule_overrides: Fields of :class:`MatchingSchedule` to change, for example ``{"image_lr": 100.0}``.
 
     Privacy:
-        Relation: zero-out (replace-one beside it). Sampling: Poisson, q = batch_size / N. Released: once a trainer step, the
-        sum over the lot of each record's gradient of its own cross-entropy on the current network, clipped to C as a whole,
-        sensitivity C; noise N(0, (zC)²) on every number. The network's weights are random or trained on synthetic images
-        only, so they are public. Everything after the release (matching, averaging, training the network) is
-        post-processing. The divisor is the expected lot size, a constant.
+        Relation: zero-out (replace-one beside it). Sampling: Poisson, q = batch_size / N. Released: once a trainer step, a sum
+        over the lot, with noise N(0, (zC)²) on every number. Of gradients: each record's gradient of its own cross-entropy on
+        the current network, clipped to C as a whole, sensitivity C; the divisor is the expected lot size, a constant. Of features:
+        each record adds (r, 0.3 R) to its class, r its features' difference from the mean features of the class's synthetic
+        images, clipped to R; sensitivity C = √1.09 R; the divisors are the released counts. The network's weights are random or
+        trained on synthetic images only, and the synthetic images are made of released sums, so both are public. Everything after
+        the release (matching, averaging, training the network) is post-processing.
 
     Raises:
         ValueError: For arguments out of range.
@@ -166,11 +55,13 @@ class PrivateSetGeneration(PrivateGenerator):
 
     labels: Tensor
     average: Tensor
+    counted: Tensor
     network: ConvNet
 
     def __init__(
         self,
         images_per_class: int = 10,
+        matching: str = "gradients",
         preset: str = "cpu",
         num_classes: int | None = None,
         image_shape: tuple[int, int, int] | None = None,
@@ -182,7 +73,7 @@ class PrivateSetGeneration(PrivateGenerator):
         self.automatic_optimization = False
         self.images_per_class = positive_int("images_per_class", images_per_class)
         self.chunk_size = positive_int("chunk_size", chunk_size)
-        base = schedule(preset, images_per_class)
+        base = schedule(matching, preset, images_per_class)
         unknown = sorted(set(schedule_overrides or {}) - set(asdict(base)))
         if unknown:
             raise fail("schedule_overrides", unknown, f"fields of MatchingSchedule: {', '.join(asdict(base))}")
@@ -200,6 +91,7 @@ class PrivateSetGeneration(PrivateGenerator):
         self.images = nn.Parameter(torch.rand(count, channels, height, width))
         self.register_buffer("labels", torch.arange(self.num_classes).repeat_interleave(self.images_per_class))
         self.register_buffer("average", self.images.detach().clone())
+        self.register_buffer("counted", torch.zeros(self.num_classes, dtype=torch.float64))
         self.network = self._fresh_network()
         self._asked: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
 
@@ -218,27 +110,26 @@ class PrivateSetGeneration(PrivateGenerator):
         self._asked = [(network, target) for network, target in moved]
 
     def configure_privacy(self, records: int, steps: int, batch_size: int) -> PrivacyPlan:
-        """One clipped gradient sum a step, from a Poisson lot of expected size ``batch_size``."""
-        sampling = PoissonSampling(records, batch_size)
-        return PrivacyPlan(sampling, (Release(GRADIENT_SUM, self.schedule.clip_norm, steps),))
+        """One clipped sum a step, from a Poisson lot of expected size ``batch_size``."""
+        if self.schedule.signal == "features":
+            release = Release(FEATURE_SUMS, cell_sums_norm(self.schedule.clip_norm), steps)
+        else:
+            release = Release(GRADIENT_SUM, self.schedule.clip_norm, steps)
+        return PrivacyPlan(PoissonSampling(records, batch_size), (release,))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """SGD on the images alone."""
         return torch.optim.SGD([self.images], lr=self.schedule.image_lr, momentum=self.schedule.image_momentum)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """One lot: release its gradient sum, then move the images.
+        """One lot: release its sum, then move the images.
 
         Args:
             batch: Images ``[B, C, H, W]`` in [0, 1] and labels ``[B]`` of a Poisson lot; ``B`` may be 0.
             batch_idx: Not used.
         """
         self._advance_network()
-        parameters = self.matched_parameters()
-        total = clipped_gradient_sum(self._record_loss, parameters, tuple(batch), self.schedule.clip_norm, self.chunk_size)
-        released = self.mechanism.release(GRADIENT_SUM, total)
-        sampling = cast(PoissonSampling, self.mechanism.plan.sampling)
-        target = {name: value / sampling.expected_batch_size for name, value in released.items()}
+        target = self._features(batch) if self.schedule.signal == "features" else self._gradients(batch)
         latest = ({name: value.clone() for name, value in self.network.state_dict().items()}, target)
         if self.schedule.replay:
             self._asked.append(latest)
@@ -255,6 +146,29 @@ class PrivateSetGeneration(PrivateGenerator):
             if self.schedule.image_rule == "pixels":
                 self.images.data.clamp_(0, 1)
             self.average.lerp_(self.images.detach(), 1 - self.schedule.averaging)
+
+    def _gradients(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """The lot's released mean gradient, by parameter."""
+        parameters = self.matched_parameters()
+        total = clipped_gradient_sum(self._record_loss, parameters, tuple(batch), self.schedule.clip_norm, self.chunk_size)
+        released = self.mechanism.release(GRADIENT_SUM, total)
+        return {name: value / self._expected_lot for name, value in released.items()}
+
+    def _features(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+        """The classes' mean features: those of the synthetic set, and how far the lot's released ones are from them."""
+        with torch.no_grad():
+            centers = class_features(self.network.features, self.images, self.images_per_class)
+        radius = self.schedule.clip_norm
+        released = self.mechanism.release(
+            FEATURE_SUMS, centred_feature_sums(self.network.features, batch, centers, radius, self.chunk_size)
+        )
+        self.counted += released["counts"] / (COUNTER * radius)
+        expected = (self.counted / (self.trainer.global_step + 1)).clamp_min(0.1 * self._expected_lot / self.num_classes)
+        return {"features": centers + released["sums"] / expected[:, None].to(centers.dtype)}
+
+    @property
+    def _expected_lot(self) -> int:
+        return cast(PoissonSampling, self.mechanism.plan.sampling).expected_batch_size
 
     def sample(self, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """The learned images of each label, in turn; the set has ``images_per_class`` of each and then repeats."""
@@ -291,7 +205,7 @@ class PrivateSetGeneration(PrivateGenerator):
 
     def _set_rate(self, optimizer: torch.optim.Optimizer) -> None:
         if self.schedule.image_rule == "pixels":
-            done = self.trainer.global_step / self.mechanism.plan.release(GRADIENT_SUM).count
+            done = self.trainer.global_step / self.mechanism.plan.releases[0].count
             factor = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
             optimizer.param_groups[0]["lr"] = self.schedule.image_lr * factor
 
@@ -322,30 +236,21 @@ class PrivateSetGeneration(PrivateGenerator):
         return F.cross_entropy(logits, label[None])
 
     def _image_gradient(self, network: dict[str, Tensor], target: dict[str, Tensor]) -> Tensor:
-        variables = {name: network[name].detach().requires_grad_() for name in target}
-        loss = F.cross_entropy(functional_call(self.network, {**network, **variables}, (self.images,)), self.labels)
-        mine = torch.autograd.grad(loss, list(variables.values()), create_graph=True)
-        distance = gradient_distance(dict(zip(variables, mine, strict=True)), target, self.schedule.distance)
+        distance = self._feature_distance(network, target) if self.schedule.signal == "features" else self._distance(network, target)
         gradient = torch.autograd.grad(distance, self.images)[0]
         if self.schedule.image_rule == "pixels":
             gradient = gradient / gradient.square().mean().sqrt().clamp_min(1e-12)
         return gradient
 
+    def _distance(self, network: dict[str, Tensor], target: dict[str, Tensor]) -> Tensor:
+        variables = {name: network[name].detach().requires_grad_() for name in target}
+        loss = F.cross_entropy(functional_call(self.network, {**network, **variables}, (self.images,)), self.labels)
+        mine = torch.autograd.grad(loss, list(variables.values()), create_graph=True)
+        return gradient_distance(dict(zip(variables, mine, strict=True)), target, self.schedule.distance)
 
-def gradient_distance(mine: dict[str, Tensor], target: dict[str, Tensor], kind: str) -> Tensor:
-    """How far two gradients point apart.
+    def _feature_distance(self, network: dict[str, Tensor], target: dict[str, Tensor]) -> Tensor:
+        def features(images: Tensor) -> Tensor:
+            named = {name.removeprefix("features."): value for name, value in network.items() if name.startswith("features.")}
+            return functional_call(self.network.features, named, (images,))
 
-    Args:
-        mine: Gradient by parameter name.
-        target: Gradient by parameter name.
-        kind: ``"rows"``: Σ over layers and output rows of 1 − cos, 1-D parameters ignored (Zhao et al., equation 10).
-            ``"whole"``: 1 − cos of the concatenated gradients.
-
-    Returns:
-        A scalar, at least 0.
-    """
-    if kind == "whole":
-        one, other = (torch.cat([g[name].flatten() for name in mine]) for g in (mine, target))
-        return 1 - F.cosine_similarity(one, other, dim=0)
-    pairs = [(mine[name].flatten(1), target[name].flatten(1)) for name in mine if mine[name].dim() > 1]
-    return torch.stack([(1 - F.cosine_similarity(one, other, dim=1)).sum() for one, other in pairs]).sum()
+        return (class_features(features, self.images, self.images_per_class) - target["features"]).square().sum()

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dpgen import DigitsDataModule, DPStrategy, PrivateSetGeneration
-from lightning_dpgen.generators.private_set import gradient_distance, schedule
+from lightning_dpgen.generators.matching import centred_feature_sums, class_features, features_of, gradient_distance, schedule
 from lightning_dpgen.privacy import GaussianMechanism, PoissonSampling, RowDependenceError, check_row_independence
 from lightning_dpgen.privacy.clipping import per_record_gradients, tensors_of
 
@@ -73,6 +73,48 @@ def test_the_released_sum_is_the_loop_over_records(tmp_path, monkeypatch, digit_
         torch.testing.assert_close(spy.sums[0][name], value.double(), atol=1e-5, rtol=1e-4)
 
 
+def test_released_features_are_the_loop_over_records(tmp_path, monkeypatch, digit_records):
+    spy = Spy(monkeypatch)
+    module = generator(matching="features", chunk_size=7, schedule_overrides={"clip_norm": 0.3})
+    start = module.images.detach().clone()
+    run = trainer(tmp_path, 1, DPStrategy(noise_multiplier=0.0))
+    run.fit(module, DataLoader(digit_records, batch_size=64))  # q = 1: every record
+    network = module.network.features
+    centers = features_of(network, start).view(10, 2, -1).mean(1)
+    sums, counts = torch.zeros_like(centers, dtype=torch.float64), torch.zeros(10, dtype=torch.float64)
+    for image, label in digit_records:
+        row = features_of(network, image[None])[0] - centers[label]
+        sums[label] += row * min(1.0, 0.3 / float(row.norm()))
+        counts[label] += 0.3 * 0.3
+    torch.testing.assert_close(spy.sums[0]["sums"], sums, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(spy.sums[0]["counts"], counts, atol=1e-5, rtol=1e-4)
+    assert run.strategy.plan.releases[0].clip_norm == pytest.approx(0.3 * 1.09**0.5)
+    # The images are matched to the classes' mean features, whatever the sizes of the classes.
+    expected = centers + sums.float() / torch.bincount(digit_records.tensors[1], minlength=10)[:, None]
+    torch.testing.assert_close(module._asked[0][1]["features"], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_no_record_moves_the_feature_sums_by_more_than_their_sensitivity(digits):
+    """Zero-out and replace-one over records of every class, also absurd ones."""
+    torch.manual_seed(0)
+    network, radius = generator().network.features, 0.2
+    centers = class_features(network, torch.rand(20, 1, 8, 8), 2)
+    images, labels = digits[0][:16], digits[1][:16]
+
+    def total(images, labels):
+        return torch.cat(
+            [value.flatten() for value in tensors_of(centred_feature_sums(network, (images, labels), centers, radius, 5)).values()]
+        )
+
+    without, rows = total(images[1:], labels[1:]), []
+    for extreme in (torch.zeros(1, 8, 8), 1e4 * torch.rand(1, 8, 8), torch.full((1, 8, 8), float("nan")), digits[0][20]):
+        rows += [total(torch.cat([extreme[None], images[1:]]), torch.cat([torch.tensor([label]), labels[1:]])) for label in range(10)]
+    moved = torch.stack(rows)
+    zero_out = float((moved - without).norm(dim=1).max())
+    assert 0.99 * radius < zero_out <= radius * 1.09**0.5 * (1 + 1e-5)
+    assert float(torch.cdist(moved, moved).max()) <= 2 * radius * (1 + 1e-5)
+
+
 def test_no_record_moves_the_released_sum_by_more_than_the_clip_norm(tmp_path, monkeypatch, digits):
     spy = Spy(monkeypatch)
     for poison in (None, 0.0, 1e4, float("nan")):
@@ -103,8 +145,8 @@ def test_rows_do_not_mix_records(digits):
         check_row_independence(mixed, lots[0], lots[1:])
 
 
-@pytest.mark.parametrize("preset", ["cpu", "published"])
-def test_non_interference(tmp_path, monkeypatch, digits, preset):
+@pytest.mark.parametrize(("preset", "matching"), [("cpu", "gradients"), ("published", "gradients"), ("cpu", "features")])
+def test_non_interference(tmp_path, monkeypatch, digits, preset, matching):
     """With a release that ignores its rows, two unrelated data sets leave the same public state, bit for bit."""
 
     def stub(self, name, contribution):
@@ -116,7 +158,7 @@ def test_non_interference(tmp_path, monkeypatch, digits, preset):
     states = []
     for images, labels in ((digits[0][:60], digits[1][:60]), (torch.rand(60, 1, 8, 8) * 100, torch.zeros(60, dtype=torch.int64))):
         torch.manual_seed(0)
-        module = generator(preset=preset, images_per_class=1, schedule_overrides={"rounds": 2, "matches": 3})
+        module = generator(preset=preset, matching=matching, images_per_class=1, schedule_overrides={"rounds": 2, "matches": 3})
         run = trainer(tmp_path, 14)
         keep = KeepMomentum()
         run.callbacks.append(keep)
@@ -156,11 +198,12 @@ def test_nan_records_and_empty_lots_release_noise_and_keep_images_finite(tmp_pat
         assert not torch.equal(module.images, before)
 
 
-def test_matching_without_noise_makes_images_that_teach(tmp_path, digits):
+@pytest.mark.parametrize("matching", ["gradients", "features"])
+def test_matching_without_noise_makes_images_that_teach(tmp_path, digits, matching):
     """A hundred images learned from 1,437 without noise: far above chance on the real test records."""
     data = DigitsDataModule(batch_size=512)
     torch.manual_seed(0)
-    module = PrivateSetGeneration(images_per_class=5, schedule_overrides={"width": 16})
+    module = PrivateSetGeneration(images_per_class=5, matching=matching, schedule_overrides={"width": 16})
     trainer(tmp_path, 60, DPStrategy(noise_multiplier=0.0)).fit(module, data)
     from lightning_dpgen import tstr
 
@@ -201,13 +244,17 @@ def test_the_sample_is_the_learned_set_in_the_order_of_labels():
 
 def test_the_published_loops_are_the_papers():
     for images, (rounds, epochs) in {1: (1, 1), 10: (10, 50), 20: (20, 25), 50: (50, 10)}.items():
-        loops = schedule("published", images)
+        loops = schedule("gradients", "published", images)
         assert (loops.rounds, loops.matches, loops.network_epochs) == (rounds, 10, epochs)
         assert (loops.width, loops.clip_norm, loops.distance, loops.image_lr, loops.layers) == (128, 0.1, "rows", 0.1, "all")
     with pytest.raises(ValueError, match="images_per_class=7"):
-        schedule("published", 7)
+        schedule("gradients", "published", 7)
     with pytest.raises(ValueError, match="preset='gpu'"):
-        schedule("gpu", 10)
+        schedule("gradients", "gpu", 10)
+    with pytest.raises(ValueError, match="matching='moments'"):
+        schedule("moments", "cpu", 10)
+    with pytest.raises(ValueError, match="preset='published'"):  # the paper matched gradients
+        schedule("features", "published", 10)
 
 
 def test_networks_are_fresh_each_cycle_and_trained_between_rounds(tmp_path, digit_records):

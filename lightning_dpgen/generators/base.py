@@ -28,6 +28,8 @@ class PrivateGenerator(pl.LightningModule):
 
     Attributes:
         mechanism: The one way out for what is computed from records; set by the strategy before ``on_fit_start``.
+        prior: Public images ``[N, C, H, W]`` and labels ``[N]`` that a fit is to start from; set by the callback ``Prior``.
+        started_from: What they are, in words for the certificate; ``None`` for a random start.
 
     Privacy:
         ``num_classes`` and ``image_shape`` are declared by a person, never read from the records. What a subclass saves with
@@ -35,6 +37,8 @@ class PrivateGenerator(pl.LightningModule):
     """
 
     mechanism: GaussianMechanism
+    prior: tuple[Tensor, Tensor] | None = None
+    started_from: str | None = None
 
     def __init__(self, num_classes: int | None = None, image_shape: tuple[int, int, int] | None = None) -> None:
         super().__init__()
@@ -87,6 +91,23 @@ class PrivateGenerator(pl.LightningModule):
         """The inverse of :meth:`public_state`: what a release's generator is restored from."""
         raise NotImplementedError
 
+    def start_from(self, images: Tensor, labels: Tensor) -> None:
+        """Starts from public images, before the first release, in place of a random start.
+
+        Args:
+            images: ``[N, C, H, W]`` in [0, 1].
+            labels: ``[N]``.
+
+        Privacy:
+            The images must be public: a release's, whose cost the callback ``Prior`` sees counted, or of other records.
+
+        """
+        raise NotImplementedError
+
+    def images_to_start_from(self) -> int | None:
+        """How many images of each class :meth:`start_from` needs at least; ``None`` if this generator cannot start from images."""
+        return None
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remembers under which ledger the loaded weights were made."""
         if "privacy" in checkpoint:
@@ -123,6 +144,19 @@ class PrivateGenerator(pl.LightningModule):
         for name, mine, theirs in zip(("num_classes", "image_shape"), (self.num_classes, self.image_shape), declared, strict=True):
             if theirs is not None and mine != (tuple(theirs) if isinstance(theirs, (tuple, list)) else theirs):
                 raise ValueError(f"{type(self).__name__} has {name}={mine}, the data module declares {theirs}. Make them equal.")
+        if stage == "fit" and self.prior is not None:
+            self._check_prior(*self.prior)
+
+    def _check_prior(self, images: Tensor, labels: Tensor) -> None:
+        needed, name = self.images_to_start_from(), type(self).__name__
+        if needed is None:
+            raise ValueError(f"{name} cannot start from images: leave the prior out.")
+        found = torch.bincount(labels, minlength=self.num_classes).tolist()
+        if tuple(images.shape[1:]) != self.image_shape or len(found) > self.num_classes or min(found) < needed:
+            raise ValueError(
+                f"the images to start from are {tuple(images.shape[1:])}, {found} of the classes; {name} needs {self.image_shape}, "
+                f"{needed} or more of each of its {self.num_classes} classes."
+            )
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -32,6 +32,8 @@ ANSWER_SUM = "answer_sum"
 POTENTIAL = "potential"
 FAKES = 32
 """Images of each class that critics are trained against in one step."""
+START_STEPS, START_IMAGES = 300, 64
+"""Steps of a start from public images, and how many of each class one step looks at."""
 TUNED = ("num_critics", "critics_per_sample", "batch_size", "critic", "basis", "generator_lr", "sharpness", "spread")
 TUNED_ON = "tuned on MNIST's training records (50,000 to train, 10,000 held out); not covered by the guarantee for MNIST"
 OF_POTENTIALS = ("sharpness", "iterations", "spread")
@@ -340,7 +342,7 @@ class GSWGAN(PrivateGenerator):
             answers = self._answers(images.detach(), labels, sample, critic)
         direction = self.mechanism.release_answers(ANSWER_SUM, {"images": answers})["images"] / self.critics_per_sample
         if not self._trains_critics and self.spread:
-            direction = direction - self.spread * self._away_from_each_other(images.detach(), labels)
+            direction = direction - self.spread * self._away_from_each_other(cast(PotentialCritics, self.critics), images.detach(), labels)
         optimizer = cast(Any, self.optimizers())
         planned = self.mechanism.plan.release(ANSWER_SUM).count / self.batch_size
         rate = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, step / planned)))
@@ -350,6 +352,28 @@ class GSWGAN(PrivateGenerator):
         optimizer.step()
         self._update_average()
 
+    def images_to_start_from(self) -> int:
+        """At least one."""
+        return 1
+
+    def start_from(self, images: Tensor, labels: Tensor) -> None:
+        """Trains the generator for ``START_STEPS`` steps by the potentials between its images and these, which are public: no noise."""
+        by_class = [self._points(images[labels == label].to(self.waves)) for label in range(self.num_classes)]
+        critics, optimizer = PotentialCritics(self.sharpness, self.iterations), self.configure_optimizers()
+        of_class = torch.arange(self.num_classes, device=self.device).repeat_interleave(FAKES)
+        present = torch.ones((self.num_classes, START_IMAGES), dtype=torch.bool, device=self.device)
+        for _ in track(range(START_STEPS), "Start from images", transient=True, disable=self.trainer.progress_bar_callback is None):
+            made = self.generator(self._latent(len(of_class)), of_class)
+            mine = self._points(made.detach()).view(self.num_classes, FAKES, -1)
+            theirs = torch.stack([points[torch.randint(len(points), (START_IMAGES,), device=self.device)] for points in by_class])
+            direction = critics.directions(mine, theirs, present).flatten(0, 1)
+            direction = direction - self.spread * self._away_from_each_other(critics, made.detach(), of_class)
+            optimizer.zero_grad()
+            self.manual_backward((made * self._pixels(direction)).sum() / len(of_class))
+            optimizer.step()
+        optimizer.zero_grad()
+        self.average.load_state_dict(self.generator.state_dict())
+
     def _answers(self, images: Tensor, labels: Tensor, sample: Tensor, critic: Tensor) -> Tensor:
         """One row a question, in the coordinates that are released."""
         if isinstance(self.critics, CriticEnsemble):
@@ -358,13 +382,13 @@ class GSWGAN(PrivateGenerator):
         points = self._points(images).view(self.num_classes, -1, len(self.waves))
         return self.critics.answer(points, sample, critic, self._record_points, self._by_class)
 
-    def _away_from_each_other(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _away_from_each_other(self, critics: PotentialCritics, images: Tensor, labels: Tensor) -> Tensor:
         """The same potentials between the batch and another: what a batch drawn from the generator itself would answer. Public."""
         with torch.no_grad():
             other = self.generator(self._latent(len(labels)), labels)
         mine, others = (self._points(part).view(self.num_classes, -1, len(self.waves)) for part in (images, other))
         present = torch.ones(others.shape[:2], dtype=torch.bool, device=others.device)
-        return cast(PotentialCritics, self.critics).directions(mine, others, present).flatten(0, 1)
+        return critics.directions(mine, others, present).flatten(0, 1)
 
     def _points(self, images: Tensor) -> Tensor:
         """Images ``[N, C, H, W]`` as coordinates ``[N, d]`` in the released basis."""

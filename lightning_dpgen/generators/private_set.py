@@ -95,6 +95,17 @@ class PrivateSetGeneration(PrivateGenerator):
         self.network = self._fresh_network()
         self._asked: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
 
+    def images_to_start_from(self) -> int:
+        """As many as the set has."""
+        return self.images_per_class
+
+    @torch.no_grad()
+    def start_from(self, images: Tensor, labels: Tensor) -> None:
+        """Takes the first ``images_per_class`` images of each class in place of random ones."""
+        chosen = torch.cat([torch.nonzero(labels == label)[: self.images_per_class, 0] for label in range(self.num_classes)])
+        self.images.copy_(images[chosen])
+        self.average.copy_(self.images)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps the networks that were asked about and what was released of them, which later image steps go back to."""
         checkpoint["asked"] = self._asked

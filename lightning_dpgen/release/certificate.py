@@ -90,6 +90,8 @@ def make_certificate(trainer: pl.Trainer, images: int) -> dict[str, Any]:
     origin = getattr(data, "origin", "set by the user")
     if isinstance(plan.sampling, PoissonSampling):
         knobs["batch_size"] = {"value": plan.sampling.expected_batch_size, "origin": origin}
+    if module.started_from is not None:
+        knobs["started_from"] = {"value": module.started_from, "origin": "public before this run"}
     knobs["steps"] = {"value": trainer.global_step, "origin": origin}
     return {
         "format": FORMAT,

@@ -1,0 +1,96 @@
+"""A release as the start of another generator, under one ledger."""
+
+from __future__ import annotations
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from helpers import trainer
+from lightning_dpgen.callbacks import Prior
+
+from lightning_dpgen import GSWGAN, DigitsDataModule, DPStrategy, MixturePPCA, PrivateSetGeneration, SanitizedRelease, load_release
+from lightning_dpgen.generators import gs_wgan
+
+
+@pytest.fixture
+def mixture(tmp_path):
+    """A mixture of the digits at epsilon 4, its release, and its ledger."""
+    ledger = tmp_path / "ledger.jsonl"
+    run = trainer(tmp_path, DPStrategy(epsilon=4.0, ledger=ledger), max_steps=-1)
+    torch.manual_seed(0)
+    run.fit(MixturePPCA(), datamodule=DigitsDataModule(batch_size=500))
+    SanitizedRelease.from_trainer(run, torch.arange(10).repeat_interleave(5)).save(tmp_path / "prior")
+    return tmp_path / "prior", ledger
+
+
+def fit(folder, module, prior, ledger, steps=3, ckpt_path=None, callbacks=()):
+    run = trainer(folder, DPStrategy(epsilon=10.0, ledger=ledger), max_steps=steps, callbacks=[Prior(str(prior)), *callbacks])
+    run.fit(module, datamodule=DigitsDataModule(batch_size=200), ckpt_path=ckpt_path)
+    return run
+
+
+def small_set(images_per_class=2):
+    return PrivateSetGeneration(images_per_class, matching="features", schedule_overrides={"width": 4, "image_steps": 2, "image_lr": 1e-6})
+
+
+def test_a_private_set_starts_from_it_and_the_certificate_counts_both(tmp_path, mixture):
+    prior, ledger = mixture
+    module = small_set()
+    run = fit(tmp_path, module, prior, ledger)
+    labels = torch.arange(10).repeat_interleave(2)
+    release = SanitizedRelease.from_trainer(run)
+    given, given_labels = load_release(prior).dataset().tensors()
+    expected = torch.stack([given[given_labels == label][number % 2] for number, label in enumerate(labels)])
+    assert float((module.images.detach() - expected).abs().max()) < 1e-3  # the images hardly move at this rate
+    names = [entry["event"]["name"] for entry in release.certificate["before"]]
+    assert "cluster_moments" in names
+    assert release.certificate["planned"][0]["event"]["name"] == "feature_sums"
+    assert 9.8 < release.epsilon <= 10.0
+    assert "MixturePPCA" in release.certificate["knobs"]["started_from"]["value"]
+
+
+def test_a_prior_under_another_ledger_is_refused_before_anything_is_released(tmp_path, mixture):
+    prior, _ = mixture
+    run = trainer(tmp_path, DPStrategy(epsilon=10.0, ledger=tmp_path / "other.jsonl"), max_steps=3, callbacks=[Prior(str(prior))])
+    with pytest.raises(ValueError, match="under ledger .* this run's is"):
+        run.fit(small_set(), datamodule=DigitsDataModule(batch_size=200))
+    assert len(run.strategy.ledger) == 0
+
+
+def test_what_does_not_fit_is_refused(tmp_path, mixture):
+    prior, ledger = mixture
+    with pytest.raises(ValueError, match=r"5, 5.*needs \(1, 8, 8\), 6 or more"):
+        fit(tmp_path, small_set(6), prior, ledger)
+    with pytest.raises(ValueError, match="cannot start from images"):
+        fit(tmp_path, MixturePPCA(), prior, ledger, steps=-1)
+    (prior / "images.npz").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"images\.npz"):
+        fit(tmp_path, small_set(), prior, ledger)
+
+
+def test_a_resumed_run_does_not_start_again(tmp_path, mixture, monkeypatch):
+    prior, ledger = mixture
+    stop = pl.callbacks.LambdaCallback(on_train_batch_end=lambda run, *_: setattr(run, "should_stop", run.global_step == 2))
+    run = fit(tmp_path, small_set(), prior, ledger, steps=4, callbacks=[stop])
+    run.save_checkpoint(tmp_path / "two.ckpt")
+    monkeypatch.setattr(PrivateSetGeneration, "start_from", lambda *_: pytest.fail("started again"))
+    resumed = small_set()
+    again = fit(tmp_path, resumed, prior, ledger, steps=4, ckpt_path=tmp_path / "two.ckpt")
+    assert again.global_step == 4
+    assert resumed.started_from
+
+
+def test_a_generator_warm_starts_without_a_release(tmp_path, mixture, monkeypatch):
+    monkeypatch.setattr(gs_wgan, "START_STEPS", 60)
+    prior, ledger = mixture
+    torch.manual_seed(0)
+    module = GSWGAN(num_critics=20, critics_per_sample=2, batch_size=10)
+    before = len(ledger.read_text().splitlines())
+    run = fit(tmp_path, module, prior, ledger, steps=1)
+    assert run.global_step == 1
+    assert len(ledger.read_text().splitlines()) <= before + 3  # the plan and the releases of one step
+    images, labels = load_release(prior).dataset().tensors()
+    made = module.sample(torch.arange(10).repeat_interleave(20)).view(10, 20, -1).mean(1)
+    means = torch.stack([images[labels == label].flatten(1).mean(0) for label in range(10)])
+    nearest = torch.cdist(made, means).argmin(1)
+    assert int((nearest == torch.arange(10)).sum()) >= 8  # by chance one

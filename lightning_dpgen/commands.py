@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,7 @@ from lightning_dpgen._validate import fail, positive_int
 from lightning_dpgen.data import DigitsDataModule, FashionMNISTDataModule, MNISTDataModule
 from lightning_dpgen.data.base import PrivateDataModule
 from lightning_dpgen.evaluation.tstr import print_table, tstr
+from lightning_dpgen.generators.mixture_ppca import CLUSTER_SUMS, mixture_plan, mixture_size
 from lightning_dpgen.privacy.accounting import calibrate_noise_multiplier, epsilon
 from lightning_dpgen.privacy.budget import PrivacyBudget
 from lightning_dpgen.privacy.plan import PoissonSampling, PrivacyPlan, Relation, Release
@@ -44,13 +46,16 @@ def verify(release: str) -> None:
 
 def calibrate(
     records: int,
-    batch_size: int,
-    steps: list[int] | int,
+    batch_size: int | None = None,
+    steps: list[int] | int | None = None,
     epsilon: list[float] | float | None = None,
     noise_multiplier: list[float] | float | None = None,
     delta: float = 1e-5,
+    method: Literal["lots", "mixture"] = "lots",
+    num_classes: int = 10,
+    image_shape: list[int] | None = None,
 ) -> None:
-    """Prints ε, noise and steps as a table, for Poisson lots with one release each (DP-SGD, private set). Reads no data.
+    """Prints ε and noise as a table: of Poisson lots with one release each (DP-SGD, private set), or of a mixture. Reads no data.
 
     Args:
         records: Number of records N.
@@ -59,21 +64,63 @@ def calibrate(
         epsilon: Budgets to calibrate the noise for: 10 or [1,3,10]. Give these or noise_multiplier.
         noise_multiplier: Noise ÷ clip norm to compute ε for, one or several.
         delta: δ.
+        method: lots, or mixture for the releases and the size of MixturePPCA, which follow from N, classes and image shape.
+        num_classes: Of a mixture.
+        image_shape: Of a mixture: [channels, height, width]; [1, 28, 28] if not given.
     """
     if (epsilon is None) == (noise_multiplier is None):
         raise ValueError(f"epsilon={epsilon}, noise_multiplier={noise_multiplier}: give one of the two.")
-    table = Table(title=f"{records} records, expected lot {batch_size} (q = {batch_size / records:.5f}), delta = {delta:g}")
-    for heading in ("steps", "noise multiplier", "epsilon (PLD, zero-out)", "replace-one", "second accountant (RDP)", "noise / lot"):
-        table.add_column(heading, justify="right")
-    for count in steps if isinstance(steps, list) else [steps]:
-        plan = PrivacyPlan(PoissonSampling(records, batch_size), (Release("gradient_sum", 1.0, positive_int("steps", count)),))
+    plans = {}
+    if method == "mixture":
+        if not (batch_size is steps is None):
+            raise ValueError(f"batch_size={batch_size}, steps={steps}: a mixture reads all records once a release. Leave them out.")
+        pixels = math.prod(positive_int("image_shape", side) for side in image_shape or [1, 28, 28])
+        plans[0] = mixture_plan(records, pixels)
+    else:
+        if batch_size is None or steps is None:
+            raise ValueError(f"batch_size={batch_size}, steps={steps}: give both for Poisson lots, or --method mixture.")
+        for count in steps if isinstance(steps, list) else [steps]:
+            release = Release("gradient_sum", 1.0, positive_int("steps", count))
+            plans[count] = PrivacyPlan(PoissonSampling(records, batch_size), (release,))
+    found = []
+    for count, plan in plans.items():
         if noise_multiplier is None:
             budgets = epsilon if isinstance(epsilon, list) else [epsilon or 0.0]
             noises = [calibrate_noise_multiplier(plan, PrivacyBudget(budget, delta)) for budget in budgets]
         else:
             noises = noise_multiplier if isinstance(noise_multiplier, list) else [noise_multiplier]
-        for noise in noises:
-            table.add_row(*_calibration_row(plan, count, noise, delta, batch_size))
+        found += [(count, plan, noise) for noise in noises]
+    if batch_size is None:
+        for _, plan, noise in found:
+            _print_mixture(plan, noise, delta, num_classes, pixels)
+        return
+    table = Table(title=f"{records} records, expected lot {batch_size} (q = {batch_size / records:.5f}), delta = {delta:g}")
+    for heading in ("steps", "noise multiplier", "epsilon (PLD, zero-out)", "replace-one", "second accountant (RDP)", "noise / lot"):
+        table.add_column(heading, justify="right")
+    for count, plan, noise in found:
+        table.add_row(*_calibration_row(plan, count, noise, delta, batch_size))
+    Console().print(table)
+
+
+def _print_mixture(plan: PrivacyPlan, noise: float, delta: float, num_classes: int, pixels: int) -> None:
+    """One budget's releases and the size that follows."""
+    figure, replace_one = epsilon(plan.events(noise), delta), plan.epsilon(noise, delta, Relation.REPLACE_ONE)
+    size = mixture_size(plan.sampling.records, num_classes, pixels, noise * plan.release(CLUSTER_SUMS).relative_noise)
+    Console().print(
+        f"Mixture of {plan.sampling.records} records, {num_classes} classes, {pixels} numbers an image: {size.clusters} clusters a class "
+        f"in {size.dimensions} dimensions.\nEpsilon {figure.value:.4f} at delta {delta:g} (zero-out; replace-one {replace_one:.4f}; by "
+        f"RDP {figure.rdp:.4f}).",
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = Table()
+    for heading in ("release", "times", "% of budget", "multiplier", "clip norm", "noise std"):
+        table.add_column(heading, justify="left" if heading == "release" else "right")
+    whole = sum(release.count / release.relative_noise**2 for release in plan.releases)
+    for release in plan.releases:
+        event, share = plan.release_event(release.name, noise), release.count / release.relative_noise**2 / whole
+        row = (f"{100 * share:.1f}", f"{noise * release.relative_noise:.4f}", f"{release.clip_norm:.2f}", f"{event.noise_std:.2f}")
+        table.add_row(release.name, str(release.count), *row)
     Console().print(table)
 
 

@@ -12,7 +12,7 @@ import torch
 import yaml
 from PIL import Image
 
-from lightning_dpgen import GSWGAN, load_release
+from lightning_dpgen import GSWGAN, MixturePPCA, load_release
 from lightning_dpgen.cli import main
 from lightning_dpgen.generators import gs_wgan
 
@@ -89,6 +89,27 @@ def test_every_gs_wgan_config_runs_and_makes_a_release(config, place, idx_root, 
     assert len(list((place / "more").rglob("*.png"))) == 2 * len(load_release(release).class_names)
 
 
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("mixture_*.yaml")), ids=lambda path: path.stem)
+def test_every_mixture_config_runs_and_makes_a_release(config, place, idx_root, monkeypatch):
+    monkeypatch.setattr(MixturePPCA, "release_labels", lambda self: torch.arange(self.num_classes).repeat_interleave(20))
+    settings = yaml.safe_load(config.read_text())
+    settings["trainer"] |= {"accelerator": "cpu", "enable_progress_bar": False}
+    for callback in settings["trainer"]["callbacks"]:
+        if callback["class_path"] == "TSTREvaluation":
+            callback["init_args"] = {"seeds": [0], "protocol": "common", "classifiers": ["LogReg"]}
+    if "root" in settings["data"]["init_args"]:
+        settings["data"]["init_args"]["root"] = str(idx_root)
+    if settings["data"]["class_path"] == "ImagesDataModule":
+        own_images(place)
+    (place / "small.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["fit", "--config", "small.yaml"]) == 0
+    release = place / settings["trainer"]["callbacks"][-1]["init_args"]["path"]
+    assert 9.8 < load_release(release).epsilon <= 10
+    assert main(["verify", str(release)]) == 0
+    assert main(["generate", str(release), "more", "--per_class", "2"]) == 0
+    assert len(list((place / "more").rglob("*.png"))) == 2 * len(load_release(release).class_names)
+
+
 def test_the_classifier_config_trains_and_is_tested(place, idx_root, capsys):
     config = ["--config", str(CONFIGS / "dpsgd_mnist.yaml"), f"--data.root={idx_root}", "--trainer.enable_progress_bar=false"]
     assert main(["fit", *config, "--data.batch_size=50", "--trainer.max_epochs=2"]) == 0
@@ -147,6 +168,15 @@ def test_calibrate_prints_a_table_without_data(place, capsys):
     assert main(["calibrate", "--records=100", "--batch_size=10", "--steps=5"]) == 1
     assert main(["calibrate", "--records=100", "--batch_size=1000", "--steps=5", "--epsilon=1.0"]) == 1
     assert "larger than the 100 records" in capsys.readouterr().err
+
+
+def test_calibrate_shows_a_mixtures_releases_and_size(place, capsys):
+    assert main(["calibrate", "--method=mixture", "--records=60000", "--epsilon=[1.0,10.0]", "--num_classes=10"]) == 0
+    table = capsys.readouterr().out
+    assert "cluster_moments" in table
+    assert table.count("clusters a class") == 2
+    assert main(["calibrate", "--method=mixture", "--records=60000", "--epsilon=1.0", "--steps=5"]) == 1
+    assert "Leave them out" in capsys.readouterr().err
 
 
 def test_mistakes_are_named(place, capsys):

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 CLASS_SUMS, POOLED_MOMENT, CLASS_MOMENTS = "class_sums", "pooled_moment", "class_moments"
 CLUSTER_SUMS, CLUSTER_MOMENTS = "cluster_sums", "cluster_moments"
+ITERATIONS = 3
 MAX_PIXELS = 4096
 """Largest C·H·W: the second moment has half its square in numbers, and a basis costs its cube."""
 
@@ -104,13 +105,13 @@ def mixture_size(records: int, num_classes: int, pixels: int, noise_multiplier: 
     return MixtureSize(clusters, dimensions)
 
 
-def mixture_plan(records: int, iterations: int, pixels: int, rules: MixtureRules = RULES) -> PrivacyPlan:
+def mixture_plan(records: int, pixels: int, iterations: int = ITERATIONS, rules: MixtureRules = RULES) -> PrivacyPlan:
     """The releases of a mixture; :class:`MixturePPCA` says what they are.
 
     Args:
         records: N.
-        iterations: Of k-means.
         pixels: C·H·W.
+        iterations: Of k-means.
         rules: Shares and radii.
     """
     images, residuals, remainders = (radius * math.sqrt(pixels) for radius in rules.radii)
@@ -174,7 +175,7 @@ class MixturePPCA(PrivateGenerator):
         self,
         clusters: int | None = None,
         dimensions: int | None = None,
-        iterations: int = 3,
+        iterations: int = ITERATIONS,
         num_classes: int | None = None,
         image_shape: tuple[int, int, int] | None = None,
     ) -> None:
@@ -208,7 +209,7 @@ class MixturePPCA(PrivateGenerator):
 
     def configure_privacy(self, records: int, steps: int, batch_size: int) -> PrivacyPlan:
         """Full passes, whatever the number of steps."""
-        return mixture_plan(records, self.iterations, math.prod(self.image_shape), self.rules)
+        return mixture_plan(records, math.prod(self.image_shape), self.iterations, self.rules)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """One that moves nothing: its steps count the releases."""
@@ -419,5 +420,5 @@ class MixturePPCA(PrivateGenerator):
         for name, given in size.items():
             rule = "the package's rule of N, classes and noise"
             found[name] = {"value": getattr(self.size, name), "origin": rule if given is None else "set by the user"}
-        found["iterations"] = {"value": self.iterations, "origin": origin if self.iterations == 3 else "set by the user"}
+        found["iterations"] = {"value": self.iterations, "origin": origin if self.iterations == ITERATIONS else "set by the user"}
         return found

@@ -59,7 +59,7 @@ def flat(total):
 def test_no_record_moves_a_statistic_by_more_than_its_sensitivity(asked, records):
     """Zero-out and replace-one, by the worst of many neighbours, on images far from the data and of every class."""
     module, states = asked
-    plan = mixture_plan(300, 3, 64)
+    plan = mixture_plan(300, 64)
     images, labels = records.tensors
     torch.manual_seed(0)
     extremes = torch.cat([torch.zeros(1, 1, 8, 8), torch.ones(1, 1, 8, 8), torch.rand(6, 1, 8, 8).round(), images[:8]])
@@ -232,7 +232,7 @@ def test_records_that_are_no_images_are_refused_before_a_release(tmp_path, digit
 
 def test_size_follows_signal_and_stays_in_bounds():
     known = {
-        eps: mixture_size(60_000, 10, 784, calibrate_noise_multiplier(mixture_plan(60_000, 3, 784), PrivacyBudget(eps, 1e-5)) * 2.4)
+        eps: mixture_size(60_000, 10, 784, calibrate_noise_multiplier(mixture_plan(60_000, 784), PrivacyBudget(eps, 1e-5)) * 2.4)
         for eps in (0.1, 1.0, 10.0, 20.0)
     }
     assert [size.clusters for size in known.values()] == sorted(size.clusters for size in known.values())

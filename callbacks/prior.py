@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from lightning_dpgen._compat import pl
 from lightning_dpgen.generators.base import as_generator
 from lightning_dpgen.release.folder import load_release
@@ -11,7 +13,8 @@ from lightning_dpgen.strategies.private import PrivateTraining
 class Prior(pl.Callback):
     """Starts a private set's images, or a GAN's generator, from a release: for example of :class:`MixturePPCA`.
 
-    Both runs share one ledger and one budget: the first spends a part, the second what is left.
+    Both runs share one ledger and one budget: the first spends a part, the second what is left. With the same
+    ``default_root_dir`` the second finds the first's ledger by itself.
 
     Args:
         release: The release folder.
@@ -34,6 +37,9 @@ class Prior(pl.Callback):
             return
         self._release = load_release(self.release)
         as_generator(pl_module, self).prior = self._release.dataset().tensors()
+        ledger = Path(trainer.default_root_dir) / "privacy" / f"{self._release.certificate['ledger']['run']}.jsonl"
+        if isinstance(trainer.strategy, PrivateTraining) and ledger.exists():
+            trainer.strategy.continue_ledger(ledger)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the generator from the release's images; a resumed one goes on from where it was."""

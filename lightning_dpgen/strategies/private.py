@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
@@ -125,6 +126,15 @@ class PrivateTraining(pl.strategies.Strategy):
     def epsilon_spent(self, relation: Relation = Relation.ZERO_OUT) -> float:
         """ε at this strategy's δ of everything in the ledger so far; 0 before the first release."""
         return self.account.epsilon_spent(relation)
+
+    def continue_ledger(self, path: Path) -> None:
+        """Puts the coming fit under an existing ledger, where no ledger was given.
+
+        Args:
+            path: The ledger's file.
+        """
+        if self.account.terms.ledger is None and self.mechanism is None:
+            self.account.terms = replace(self.account.terms, ledger=str(path))
 
     # Lightning's hooks, in the order in which they are called -------------------------------------------------------
 

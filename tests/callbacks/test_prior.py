@@ -57,6 +57,16 @@ def test_a_prior_under_another_ledger_is_refused_before_anything_is_released(tmp
     assert len(run.strategy.ledger) == 0
 
 
+def test_the_priors_ledger_is_found_in_the_same_folder(tmp_path, mixture):
+    first = trainer(tmp_path, DPStrategy(epsilon=4.0), max_steps=-1)
+    first.fit(MixturePPCA(), datamodule=DigitsDataModule(batch_size=500))
+    SanitizedRelease.from_trainer(first, torch.arange(10).repeat_interleave(5)).save(tmp_path / "found")
+    run = fit(tmp_path, small_set(), tmp_path / "found", None)
+    assert run.strategy.ledger.path == first.strategy.ledger.path
+    assert len(run.strategy.ledger) == 7 + 3
+    assert run.strategy.epsilon_spent() <= 10.0
+
+
 def test_what_does_not_fit_is_refused(tmp_path, mixture):
     prior, ledger = mixture
     with pytest.raises(ValueError, match=r"5, 5.*needs \(1, 8, 8\), 6 or more"):

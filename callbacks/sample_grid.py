@@ -38,10 +38,16 @@ class SampleGrid(pl.Callback):
         self.every_n_steps = None if every_n_steps is None else positive_int("every_n_steps", every_n_steps)
         self.per_class = positive_int("per_class", per_class)
         self.folder = folder
+        self._seen = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Waits for the next step."""
+        self._seen = trainer.global_step
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Draws every so many steps."""
-        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+        if self.every_n_steps and trainer.global_step > self._seen and trainer.global_step % self.every_n_steps == 0:
+            self._seen = trainer.global_step  # a pass over all records is many batches and one step
             self._draw(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

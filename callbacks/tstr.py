@@ -44,6 +44,7 @@ class TSTREvaluation(pl.Callback):
         self.seeds = tuple(seeds)
         self.classifiers = classifiers
         self.table: TSTRTable | None = None
+        self._seen = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuses at once what could not be evaluated at the end.
@@ -57,9 +58,14 @@ class TSTREvaluation(pl.Callback):
                 raise ValueError("TSTREvaluation needs one of lightning_dpgen.data's data modules, which know the real test records.")
             trainer.datamodule.real_test()  # type: ignore[attr-defined]
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Waits for the next step."""
+        self._seen = trainer.global_step
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Evaluates every so many steps."""
-        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+        if self.every_n_steps and trainer.global_step > self._seen and trainer.global_step % self.every_n_steps == 0:
+            self._seen = trainer.global_step  # a pass over all records is many batches and one step
             self._evaluate(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -376,12 +376,16 @@ class MixturePPCA(PrivateGenerator):
     def sample(self, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Images of each label: a cluster by its weight, a Gaussian around its center, pixels cut to [0, 1].
 
+        Between its first and its last pass the mixture gives the classes' means.
+
         Raises:
-            RuntimeError: Before the mixture is fitted.
+            RuntimeError: Before the first pass.
         """
+        labels = labels.to(self.means.device)
+        if self.means.numel() == 0:
+            raise RuntimeError("this MixturePPCA has not seen a record: there is nothing to sample yet.")
         if not self.is_fitted:
-            raise RuntimeError("this MixturePPCA is not fitted to its end: there is nothing to sample yet.")
-        labels = labels.to(self.factors.device)
+            return self.means[labels].float().view(-1, *self.image_shape)
         weights = self.weights + torch.where(self.weights.sum(1, keepdim=True) > 0, 0.0, 1.0)
         images = []
         for part in labels.split(1000):

@@ -7,6 +7,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from helpers import trainer
+from lightning_dpgen.callbacks import SampleGrid
 from sklearn.linear_model import LogisticRegression
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -303,9 +304,14 @@ def test_arguments_out_of_range_are_refused(arguments, message):
         MixturePPCA(**arguments)
 
 
-def test_nothing_is_sampled_before_the_end():
-    with pytest.raises(RuntimeError, match="not fitted"):
+def test_before_the_last_pass_there_are_means_and_before_the_first_nothing(tmp_path, records):
+    with pytest.raises(RuntimeError, match="nothing to sample"):
         MixturePPCA(**SHAPE).sample(torch.arange(3))
+    stop = pl.callbacks.LambdaCallback(on_train_epoch_end=lambda run, *_: setattr(run, "should_stop", run.current_epoch == 1))
+    module, _ = fitted(tmp_path, records, callbacks=[stop, SampleGrid(every_n_steps=1, folder=str(tmp_path))])
+    assert not module.is_fitted
+    assert torch.equal(module.sample(torch.tensor([4]))[0, 0], module.means[4].float().view(8, 8))
+    assert len(list(tmp_path.glob("*.png"))) == 2
 
 
 def test_knobs_name_their_origin(asked):

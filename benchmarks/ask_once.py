@@ -11,6 +11,7 @@ seen: noise draws, evaluation seeds, numbers of samples and the package's defaul
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import statistics
@@ -204,13 +205,12 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     chosen = [cell for cell in cells() if options.cells in cell.name]
-    for seed in options.seeds:  # one seed of everything first
+    for seed, draw in itertools.product(options.seeds, DRAWS):  # one of everything first
         for cell in chosen:
-            for draw in cell.draws:
-                if str(seed) not in known(cell, draw):
-                    facts = run_draw(cell, draw, options.root)
-                    record(cell, draw, None, facts)
-                    evaluate(cell, draw, seed, options.root)
+            if draw in cell.draws and str(seed) not in known(cell, draw):
+                facts = run_draw(cell, draw, options.root)
+                record(cell, draw, None, facts)
+                evaluate(cell, draw, seed, options.root)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from lightning_dpgen._compat import pl
 from lightning_dpgen.generators.base import as_generator
+from lightning_dpgen.privacy.ledger import PrivacyLedger
+from lightning_dpgen.privacy.plan import ReleaseEvent
 from lightning_dpgen.release.folder import load_release
 from lightning_dpgen.strategies.private import PrivateTraining
 
@@ -35,25 +40,44 @@ class Prior(pl.Callback):
         """Reads and verifies the release, before a record is read."""
         if stage != "fit":
             return
-        self._release = load_release(self.release)
-        as_generator(pl_module, self).prior = self._release.dataset().tensors()
-        ledger = Path(trainer.default_root_dir) / "privacy" / f"{self._release.certificate['ledger']['run']}.jsonl"
-        if isinstance(trainer.strategy, PrivateTraining) and ledger.exists():
-            trainer.strategy.continue_ledger(ledger)
+        release = load_release(self.release)
+        as_generator(pl_module, self).prior = release.dataset().tensors()
+        strategy, run = trainer.strategy, release.certificate["ledger"]["run"]
+        if isinstance(strategy, PrivateTraining):
+            ledger = Path(trainer.default_root_dir) / "privacy" / f"{run}.jsonl"
+            if re.fullmatch("[0-9a-f]{12}", run) and ledger.exists():
+                strategy.continue_ledger(ledger)
+            strategy.ledger_checks.append(lambda ledger: self._check_counted(release.certificate, ledger))
+        kind, figure = release.certificate["generator"]["class"], release.certificate["claim"]["epsilon"]
+        self._words = f"a release of {kind}; its epsilon of {figure:.4g} is in this run's ledger and in its claim"
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the generator from the release's images; a resumed one goes on from where it was."""
-        generator, strategy = as_generator(pl_module, self), trainer.strategy
-        assert isinstance(strategy, PrivateTraining)
-        assert generator.prior is not None
-        run = self._release.certificate["ledger"]["run"]
-        if run != strategy.ledger.run_id:
-            raise ValueError(
-                f"{self.release} was made under ledger {run}, and this run's is {strategy.ledger.run_id}: its certificate would leave out "
-                "what the release cost. Give both runs one ledger, DPStrategy(epsilon=…, ledger='….jsonl'), and the second one the "
-                "whole budget. Images of other records need no ledger: call start_from(images, labels) before fit."
-            )
-        kind = self._release.certificate["generator"]["class"]
-        generator.started_from = f"a release of {kind} under the same ledger, whose cost is counted"
+        generator = as_generator(pl_module, self)
         if trainer.global_step == 0:
+            assert generator.prior is not None
             generator.start_from(*(tensor.to(generator.device) for tensor in generator.prior))
+            generator.started_from = self._words
+
+    def _check_counted(self, certificate: dict[str, Any], ledger: PrivacyLedger) -> None:
+        """Raises unless everything that the release was made from, or may have been, is in ``ledger``."""
+        run = certificate["ledger"]["run"]
+        if run != ledger.run_id:
+            raise ValueError(
+                f"{self.release} was made under ledger {run}, and this run's is {ledger.run_id}: its certificate would leave out what "
+                "the release cost. Give both runs one ledger, DPStrategy(epsilon=…, ledger='….jsonl'), or one default_root_dir, and "
+                "the second one the whole budget."
+            )
+        cost = (counted(certificate["before"]) + counted(certificate["planned"])) | counted(certificate["released"])
+        missing = cost - (Counter(ledger.counts) | Counter(ledger.promised))
+        if missing:
+            names = ", ".join(f"{count} x {event.name}" for event, count in missing.items())
+            raise ValueError(
+                f"{self.release} was made from {names} that ledger {run} ({ledger.path}) does not hold: it is an older copy, or the "
+                "release was changed. Give the ledger that the release was made under."
+            )
+
+
+def counted(entries: list[dict[str, Any]]) -> Counter[ReleaseEvent]:
+    """A certificate's events with their counts."""
+    return Counter({ReleaseEvent.from_dict(entry["event"]): int(entry["count"]) for entry in entries})

@@ -16,6 +16,8 @@ from lightning_dpgen.privacy.mechanism import GaussianMechanism
 from lightning_dpgen.privacy.plan import PrivacyPlan
 from lightning_dpgen.strategies.private import PrivateTraining
 
+USERS_START = "images or parameters given by the user; what they cost, if they are of private records, is not covered by this claim"
+
 
 class PrivateGenerator(pl.LightningModule):
     """A LightningModule that learns to generate labelled images under differential privacy.
@@ -92,16 +94,21 @@ class PrivateGenerator(pl.LightningModule):
         raise NotImplementedError
 
     def start_from(self, images: Tensor, labels: Tensor) -> None:
-        """Starts from public images, before the first release, in place of a random start.
+        """Starts from public images, before the first release, in place of a random start; once the parameters exist.
 
         Args:
             images: ``[N, C, H, W]`` in [0, 1].
             labels: ``[N]``.
 
         Privacy:
-            The images must be public: a release's, whose cost the callback ``Prior`` sees counted, or of other records.
-
+            The images must be public: a release's, whose cost the callback ``Prior`` sees counted, or of other records. The
+            certificate says that it does not cover what they cost.
         """
+        self.started_from = USERS_START
+        self.take_start(images, labels)
+
+    def take_start(self, images: Tensor, labels: Tensor) -> None:
+        """What :meth:`start_from` does."""
         raise NotImplementedError
 
     def images_to_start_from(self) -> int | None:
@@ -112,6 +119,7 @@ class PrivateGenerator(pl.LightningModule):
         """Remembers under which ledger the loaded weights were made."""
         if "privacy" in checkpoint:
             vars(self)["trained_under"] = checkpoint["privacy"]["run"]
+            self.started_from = checkpoint["privacy"].get("started_from")
 
     def knobs(self) -> dict[str, dict[str, Any]]:
         """Every setting that shaped the result, with where its value came from: ``{name: {"value": …, "origin": …}}``."""

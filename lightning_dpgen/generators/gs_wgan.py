@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_dpgen._validate import fail, non_negative, one_of, positive, positive_int
-from lightning_dpgen.generators.base import PrivateGenerator, check_batch
+from lightning_dpgen.generators.base import USERS_START, PrivateGenerator, check_batch
 from lightning_dpgen.generators.critic_ensemble import CriticEnsemble, PotentialCritics, Shards, fingerprints
 from lightning_dpgen.nn.critics import CRITICS
 from lightning_dpgen.nn.generators import GENERATORS
@@ -356,7 +356,7 @@ class GSWGAN(PrivateGenerator):
         """At least one."""
         return 1
 
-    def start_from(self, images: Tensor, labels: Tensor) -> None:
+    def take_start(self, images: Tensor, labels: Tensor) -> None:
         """Trains the generator for ``START_STEPS`` steps by the potentials between its images and these, which are public: no noise."""
         by_class = [self._points(images[labels == label].to(self.waves)) for label in range(self.num_classes)]
         critics, optimizer = PotentialCritics(self.sharpness, self.iterations), self.configure_optimizers()
@@ -427,6 +427,7 @@ class GSWGAN(PrivateGenerator):
 
     def load_public_state(self, state: dict[str, Tensor]) -> None:
         """Takes the generator from a release."""
+        self.started_from = USERS_START
         self.average.load_state_dict(state)
         self.generator.load_state_dict(state)
 

@@ -23,7 +23,7 @@ GRADIENT_SUM = "gradient_sum"
 
 @dataclass(frozen=True)
 class MatchingSchedule:
-    """The loops and rates of matching; all of them post-processing but for ``signal``, ``width`` and ``clip_norm``.
+    """The loops and rates of matching; all of them post-processing but for ``signal``, ``width``, ``layers`` and ``clip_norm``.
 
     Args:
         signal: What is released of a lot: ``"gradients"`` or ``"features"``.

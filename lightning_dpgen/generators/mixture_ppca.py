@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_dpgen._validate import fail, positive_int
-from lightning_dpgen.generators.base import PrivateGenerator, check_batch
+from lightning_dpgen.generators.base import USERS_START, PrivateGenerator, check_batch
 from lightning_dpgen.privacy.clipping import (
     CELL_MOMENTS_REPLACED,
     CELL_SUMS_REPLACED,
@@ -69,7 +69,7 @@ RULES = MixtureRules(
     center_variance=0.15,
     base=300.0,
     cut=0.6,
-    origin="the package's rule; its constants were chosen on MNIST's and FashionMNIST's training records (50,000 to train, 10,000 held "
+    origin="the package's rules; their constants were chosen on MNIST's and FashionMNIST's training records (50,000 to train, 10,000 held "
     "out), and are not covered by the guarantee for these two",
 )
 
@@ -97,11 +97,11 @@ def mixture_size(records: int, num_classes: int, pixels: int, noise_multiplier: 
         noise_multiplier: z of the cluster sums; 0 counts as 10⁻³.
 
     Returns:
-        K = 0.12 ρ^0.6, between 1 and 40; d = 1.05 ρ^0.48, between 2 and 120.
+        K = 0.24 ρ^0.6, between 1 and 40; d = 1.5 ρ^0.48, between 2 and 120.
     """
     signal = records / (num_classes * max(noise_multiplier, 1e-3))
-    clusters = min(40, max(1, round(0.12 * signal**0.6)))
-    dimensions = min(120, pixels, max(2, round(1.05 * signal**0.48)))
+    clusters = min(40, max(1, round(0.24 * signal**0.6)))
+    dimensions = min(120, pixels, max(2, round(1.5 * signal**0.48)))
     return MixtureSize(clusters, dimensions)
 
 
@@ -113,7 +113,11 @@ def mixture_plan(records: int, pixels: int, iterations: int = ITERATIONS, rules:
         pixels: C·H·W.
         iterations: Of k-means.
         rules: Shares and radii.
+
+    Raises:
+        ValueError: If images are too large.
     """
+    _check_pixels(pixels)
     images, residuals, remainders = (radius * math.sqrt(pixels) for radius in rules.radii)
     counts = {CLUSTER_SUMS: iterations}
     kinds = {
@@ -129,6 +133,14 @@ def mixture_plan(records: int, pixels: int, iterations: int = ITERATIONS, rules:
         count = counts.get(name, 1)
         releases.append(Release(name, clip_norm, count, math.sqrt(count / share), replace_one_factor=replaced))
     return PrivacyPlan(FullPass(records), tuple(releases))
+
+
+def _check_pixels(pixels: int) -> None:
+    if pixels > MAX_PIXELS:
+        raise ValueError(
+            f"images of {pixels} numbers (channels x height x width): a mixture takes at most {MAX_PIXELS}, since it releases a "
+            "second moment of half their square. Make the images smaller, for example 3 x 32 x 32, or use PrivateSetGeneration or GSWGAN."
+        )
 
 
 class MixturePPCA(PrivateGenerator):
@@ -163,6 +175,7 @@ class MixturePPCA(PrivateGenerator):
         ValueError: For arguments out of range, or larger images.
     """
 
+    adds_up_over_processes = True
     generator_seed: Tensor
     means: Tensor
     basis: Tensor
@@ -187,21 +200,16 @@ class MixturePPCA(PrivateGenerator):
         self.iterations = positive_int("iterations", iterations)
         self.rules = RULES
         self._total: ClippedSum | None = None
+        self._chunks = 0
         if self.is_built:
             self.build()
 
     def build(self) -> None:
         """Creates an empty mixture."""
         pixels = math.prod(self.image_shape)
-        if pixels > MAX_PIXELS:
-            raise fail(
-                "image_shape",
-                self.image_shape,
-                f"at most {MAX_PIXELS} numbers, not {pixels}: the released second moment has half the square of that",
-                "Make the images smaller (for example 3 x 32 x 32), or use PrivateSetGeneration or GSWGAN.",
-            )
         if self.dimensions is not None and self.dimensions > pixels:
             raise fail("dimensions", self.dimensions, f"at most the {pixels} numbers of an image")
+        _check_pixels(pixels)
         self.passes = nn.Parameter(torch.zeros(()))  # Lightning counts its optimizer's steps, and writes a checkpoint for new ones
         self.register_buffer("generator_seed", torch.randint(2**62, ()))
         for name in (*PUBLIC, "class_counts"):
@@ -215,22 +223,29 @@ class MixturePPCA(PrivateGenerator):
         """One that moves nothing: its steps count the releases."""
         return torch.optim.SGD([self.passes], lr=0.0)
 
-    def on_train_start(self) -> None:
-        """Settles K and d, now that the noise is known, and says them.
+    def setup(self, stage: str) -> None:
+        """As every generator's.
 
         Raises:
-            ValueError: If this mixture is fitted already: its statistics are released once.
+            ValueError: Also if this mixture is fitted already: its statistics are released once.
         """
+        super().setup(stage)
+        if stage == "fit" and self.is_fitted and self.trainer.ckpt_path is None:
+            raise ValueError("this MixturePPCA is fitted already; another fit would pay for its statistics again. Start a new one.")
+
+    def on_train_start(self) -> None:
+        """Settles K and d, now that the noise is known, and says them. No pass has begun, whatever an interrupted fit left."""
+        self._total, self._chunks = None, 0
         if self.trainer.global_step == 0:
-            if self.is_fitted:
-                raise ValueError(
-                    "this MixturePPCA is fitted already; another fit would pay for the same statistics again. Start a new one."
-                )
             plan = self.mechanism.plan
             noise = self.mechanism.noise_multiplier * plan.release(CLUSTER_SUMS).relative_noise
             size = mixture_size(plan.sampling.records, self.num_classes, math.prod(self.image_shape), noise)
             self.size = MixtureSize(self.clusters or size.clusters, self.dimensions or size.dimensions)
             log.info("MixturePPCA: %d clusters a class in %d dimensions.", self.size.clusters, self.size.dimensions)
+
+    def on_train_end(self) -> None:
+        """Lets go of what an unfinished pass has added up."""
+        self._total = None
 
     @property
     def is_fitted(self) -> bool:
@@ -251,17 +266,21 @@ class MixturePPCA(PrivateGenerator):
         """
         done = self.trainer.global_step
         name = self._schedule[done]
-        if batch_idx and self._total is None:
+        if batch_idx == 0:
+            self._total, self._chunks = None, 0
+        if batch_idx != self._chunks:
             raise ValueError(
-                f"the checkpoint was written within pass {done + 1}, whose first {batch_idx} chunks are not kept. Resume from one that was "
-                "written between passes (ModelCheckpoint's default)."
+                f"pass {done + 1} goes on with chunk {batch_idx + 1}, and {self._chunks} chunks were added up: the checkpoint was "
+                "written within a pass, whose first chunks are not kept. Resume from one that was written between passes, as "
+                "ModelCheckpoint does by default."
             )
         images, labels = batch
         if done == 0:
             check_batch(images, labels, self.num_classes)
         statistic = self._statistic(name, images.flatten(1).double(), labels)
-        self._total = statistic if batch_idx == 0 else cast(ClippedSum, self._total) + statistic
-        if batch_idx == self.trainer.num_training_batches - 1:
+        self._total = statistic if self._total is None else self._total + statistic
+        self._chunks += 1
+        if self._chunks == self.trainer.num_training_batches:
             released = {key: value.double() for key, value in self.mechanism.release(name, self._total).items()}
             self._total = None
             self._learn(name, released)
@@ -401,6 +420,7 @@ class MixturePPCA(PrivateGenerator):
 
     def load_public_state(self, state: dict[str, Tensor]) -> None:
         """Takes the mixture from a release."""
+        self.started_from = USERS_START
         for name in PUBLIC:
             setattr(self, name, state[name].to(self.passes.device))
 
@@ -422,7 +442,7 @@ class MixturePPCA(PrivateGenerator):
         found = {name: {"value": value, "origin": origin} for name, value in fields.items()}
         size = {"clusters": self.clusters, "dimensions": self.dimensions}
         for name, given in size.items():
-            rule = "the package's rule of N, classes and noise"
+            rule = f"from N, classes and noise by {origin}"
             found[name] = {"value": getattr(self.size, name), "origin": rule if given is None else "set by the user"}
         found["iterations"] = {"value": self.iterations, "origin": origin if self.iterations == ITERATIONS else "set by the user"}
         return found

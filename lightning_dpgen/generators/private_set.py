@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from lightning_dpgen._validate import fail, positive_int
-from lightning_dpgen.generators.base import PrivateGenerator
+from lightning_dpgen.generators.base import USERS_START, PrivateGenerator
 from lightning_dpgen.generators.matching import centred_feature_sums, class_features, gradient_distance, schedule
 from lightning_dpgen.nn.classifiers import ConvNet
 from lightning_dpgen.privacy.clipping import COUNTER, cell_sums_norm, clipped_gradient_sum
@@ -100,7 +100,7 @@ class PrivateSetGeneration(PrivateGenerator):
         return self.images_per_class
 
     @torch.no_grad()
-    def start_from(self, images: Tensor, labels: Tensor) -> None:
+    def take_start(self, images: Tensor, labels: Tensor) -> None:
         """Takes the first ``images_per_class`` images of each class in place of random ones."""
         chosen = torch.cat([torch.nonzero(labels == label)[: self.images_per_class, 0] for label in range(self.num_classes)])
         self.images.copy_(images[chosen])
@@ -198,6 +198,7 @@ class PrivateSetGeneration(PrivateGenerator):
 
     def load_public_state(self, state: dict[str, Tensor]) -> None:
         """Takes the images from a release."""
+        self.started_from = USERS_START
         self.average.copy_(state["images"])
         self.images.data.copy_(state["images"])
 

@@ -37,21 +37,26 @@ class ClippedSum:
             ``count`` says so.
         clip_norm: The bound C on the norm of each row, taken over all its tensors together.
         count: How many sums these are, each a release of its own; ``None`` for one.
+        replaced: A bound, in units of C, on how far replacing one record by another moves the sum.
 
     Privacy:
         **Private**: it leaves only through ``mechanism.release``. Removing a record's row moves the sum by at most C
-        (zero-out), replacing it by at most 2C, times ``ROUNDING``: float32 reaches over a few rows only, since in a long
-        float32 sum one record can decide whether many small rows are rounded away. How many rows there are is not kept.
+        (zero-out), replacing it by at most ``replaced`` times C (2C for rows), times ``ROUNDING``: float32 reaches over a few
+        rows only, since in a long float32 sum one record can decide whether many small rows are rounded away. How many rows
+        there are is not kept.
     """
 
-    __slots__ = ("_clip_norm", "_count", "_tensors")
+    __slots__ = ("_clip_norm", "_count", "_replaced", "_tensors")
 
-    def __init__(self, tensors: Mapping[str, Tensor], clip_norm: float, count: int | None = None, *, _key: object = None) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], clip_norm: float, count: int | None = None, replaced: float = 2.0, *, _key: object = None
+    ) -> None:
         if _key is not _KEY:
             raise TypeError("a ClippedSum is built by lightning_dpgen.privacy.clipping only: use clipped_sum(rows, clip_norm).")
         self._tensors = dict(tensors)
         self._clip_norm = clip_norm
         self._count = count
+        self._replaced = replaced
 
     @property
     def clip_norm(self) -> float:
@@ -63,19 +68,24 @@ class ClippedSum:
         """How many sums, or ``None`` for a single one."""
         return self._count
 
+    @property
+    def replaced(self) -> float:
+        """Replace-one sensitivity ÷ C."""
+        return self._replaced
+
     def __add__(self, other: ClippedSum) -> ClippedSum:
         """The sum over both sets of rows, which must be of different records.
 
         Raises:
-            ValueError: If the clip norms or the numbers of sums differ.
+            ValueError: If the clip norms, the numbers of sums or the kinds of rows differ.
         """
-        if (self.clip_norm, self.count) != (other.clip_norm, other.count):
+        if (self.clip_norm, self.count, self.replaced) != (other.clip_norm, other.count, other.replaced):
             raise ValueError(
                 f"{self.count or 1} sums clipped to {self.clip_norm} and {other.count or 1} sums clipped to {other.clip_norm} cannot be "
                 "added."
             )
         added = {name: value + other._tensors[name] for name, value in self._tensors.items()}
-        return ClippedSum(added, self.clip_norm, self.count, _key=_KEY)
+        return ClippedSum(added, self.clip_norm, self.count, self.replaced, _key=_KEY)
 
 
 def row_norms(rows: Mapping[str, Tensor]) -> Tensor:
@@ -170,7 +180,7 @@ def cell_sums(rows: Tensor, cells: Tensor, count: int, radius: float) -> Clipped
     sums = torch.zeros((count, rows.shape[1]), dtype=torch.float64, device=rows.device).index_add_(0, cells, clipped)
     counted = (factors > 0).double() * (COUNTER * radius)
     counts = torch.zeros(count, dtype=torch.float64, device=rows.device).index_add_(0, cells, counted)
-    return ClippedSum({"sums": sums, "counts": counts}, cell_sums_norm(radius), _key=_KEY)
+    return ClippedSum({"sums": sums, "counts": counts}, cell_sums_norm(radius), replaced=CELL_SUMS_REPLACED, _key=_KEY)
 
 
 def cell_sums_norm(radius: float) -> float:
@@ -210,7 +220,7 @@ def cell_moments(rows: Tensor, cells: Tensor, count: int, radius: float) -> Clip
         total = torch.zeros((count, len(row)), dtype=torch.float64, device=rows.device)
         for part, cell in zip(clipped.split(max(1, HELD // len(row))), cells.split(max(1, HELD // len(row))), strict=True):
             total.index_add_(0, cell, part[:, row] * part[:, column] * scale)
-    return ClippedSum({"moments": total}, radius**2, _key=_KEY)
+    return ClippedSum({"moments": total}, radius**2, replaced=CELL_MOMENTS_REPLACED, _key=_KEY)
 
 
 def moment_matrices(packed: Tensor, dimensions: int) -> Tensor:
@@ -291,7 +301,8 @@ def sum_over_processes(total: ClippedSum, add_up: Callable[[Tensor], Tensor]) ->
     Privacy:
         Clipped before it is added up, so that a record still moves the result by at most C.
     """
-    return ClippedSum({name: add_up(total._tensors[name]) for name in sorted(total._tensors)}, total.clip_norm, total.count, _key=_KEY)
+    added = {name: add_up(total._tensors[name]) for name in sorted(total._tensors)}
+    return ClippedSum(added, total.clip_norm, total.count, total.replaced, _key=_KEY)
 
 
 def per_record_gradients(loss: Callable[..., Tensor], parameters: Mapping[str, Tensor], records: tuple[Tensor, ...]) -> Gradients:

@@ -166,7 +166,7 @@ class GaussianMechanism:
             With :meth:`release_answers` the only way out for anything computed from records. Happens for every lot, also an empty one.
 
         Raises:
-            ValueError: If the plan has no release of that name, or with another clip norm.
+            ValueError: If the plan has no release of that name, or with another clip norm or a smaller replace-one factor.
             BudgetExhausted: If the plan allows no more of them.
             RuntimeError: If this Poisson lot was released before, or the plan samples by shards.
         """
@@ -183,6 +183,11 @@ class GaussianMechanism:
             raise ValueError(
                 f"release {name!r}: rows were clipped to {contribution.clip_norm}, the plan says {release.clip_norm}: the "
                 "noise would not fit. Take the clip norm from the plan."
+            )
+        if contribution.replaced > release.replace_one_factor:
+            raise ValueError(
+                f"release {name!r}: replacing a record moves this sum by {contribution.replaced:.4g} C, the plan says "
+                f"{release.replace_one_factor:.4g} C (replace_one_factor)."
             )
         return self.share(self._release(name, self.add_up(contribution)))
 

@@ -11,7 +11,7 @@ from typing import Any
 from lightning_dpgen._compat import pl
 from lightning_dpgen.generators.base import PrivateGenerator
 from lightning_dpgen.privacy.accounting import Epsilon, epsilon
-from lightning_dpgen.privacy.plan import PoissonSampling, Relation, ReleaseEvent
+from lightning_dpgen.privacy.plan import FullPass, PoissonSampling, Relation, ReleaseEvent
 from lightning_dpgen.strategies.private import PrivateTraining
 
 FORMAT = "lightning-dpgen-certificate/1"
@@ -91,8 +91,9 @@ def make_certificate(trainer: pl.Trainer, images: int) -> dict[str, Any]:
     if isinstance(plan.sampling, PoissonSampling):
         knobs["batch_size"] = {"value": plan.sampling.expected_batch_size, "origin": origin}
     if module.started_from is not None:
-        knobs["started_from"] = {"value": module.started_from, "origin": "public before this run"}
-    knobs["steps"] = {"value": trainer.global_step, "origin": origin}
+        knobs["started_from"] = {"value": module.started_from, "origin": "set by the user"}
+    if not isinstance(plan.sampling, FullPass):
+        knobs["steps"] = {"value": trainer.global_step, "origin": origin}
     return {
         "format": FORMAT,
         "claim": {

@@ -7,6 +7,7 @@ import logging
 import math
 import uuid
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -17,7 +18,7 @@ from lightning_dpgen.privacy.budget import PrivacyBudget
 from lightning_dpgen.privacy.ledger import PrivacyLedger
 from lightning_dpgen.privacy.mechanism import BudgetExhausted, GaussianMechanism
 from lightning_dpgen.privacy.noise import SecretStream
-from lightning_dpgen.privacy.plan import PrivacyPlan, Relation, ReleaseEvent
+from lightning_dpgen.privacy.plan import FullPass, PrivacyPlan, Relation, ReleaseEvent
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +74,7 @@ class PrivacyAccount:
         self.notes: list[str] = []
         self.per_step: dict[str, int] = {}
         self._lost: Counter[ReleaseEvent] = Counter()
+        self._began_with: Counter[ReleaseEvent] = Counter()
 
     @property
     def keeps_budget(self) -> bool:
@@ -101,8 +103,14 @@ class PrivacyAccount:
     def epsilon_after(self, steps: int) -> float:
         """ε of the ledger and of ``steps`` more trainer steps."""
         mechanism = self.ready()
-        ahead = {event: steps * self._step(event.name) for event, _ in mechanism.plan.events(mechanism.noise_multiplier)}
-        return epsilon((self.spent + Counter(ahead)).items(), self.terms.delta).value
+        made = self.spent - self._began_with
+        ahead: Counter[ReleaseEvent] = Counter()
+        for event, _ in mechanism.plan.events(mechanism.noise_multiplier):
+            if isinstance(mechanism.plan.sampling, FullPass):  # one release a step, in the plan's order
+                ahead[event] = max(0, min(self.planned[event] - made[event], steps - sum(ahead.values())))
+            else:
+                ahead[event] = steps * self._step(event.name)
+        return epsilon((self.spent + ahead).items(), self.terms.delta).value
 
     def is_spent(self) -> bool:
         """Whether a budget was given and allows no further trainer step."""
@@ -112,15 +120,23 @@ class PrivacyAccount:
     def _step(self, name: str) -> int:
         return self.per_step.get(name, 1)
 
-    def begin(self, plan: PrivacyPlan, folder: Path, previous: dict[str, Any] | None, share_done: Fraction) -> GaussianMechanism:
+    def begin(
+        self,
+        plan: PrivacyPlan,
+        folder: Path,
+        previous: dict[str, Any] | None,
+        ahead: Mapping[str, int],
+        check: Callable[[PrivacyLedger], None] = lambda ledger: None,
+    ) -> GaussianMechanism:
         """Opens a fit: calibrates or continues, merges what a checkpoint knows, checks the budget.
 
         Args:
             plan: What this fit would release if it ran from its first step.
             folder: Where a ledger without a given path is kept.
             previous: :meth:`state` from a checkpoint that the fit continues.
-            share_done: Part of the plan's steps that lie behind the fit already; counts only without a budget, since a
-                budget's plan is counted by the ledger.
+            ahead: How many of each release lie ahead of the fit; counts only without a budget, since a budget's plan is counted by
+                the ledger.
+            check: Looks at the ledger before anything is promised in it, and raises to stop the fit.
 
         Raises:
             ValueError: If the checkpoint or an earlier fit was under other terms or another ledger.
@@ -141,15 +157,16 @@ class PrivacyAccount:
         else:
             ledger = self._open_ledger(folder, previous)
             noise = self._noise(plan, previous, ledger)
+        check(ledger)
         if previous is not None:
             self._continue(ledger, previous)
         self.mechanism = GaussianMechanism(plan, noise, ledger, self.stream, capped=budget is not None)
         promised = Counter(ledger.promised) | (Counter() if previous is None else Counter(_counts(previous["promised"])))
         made = Counter(ledger.counts) + self._lost
-        self.made_before = sum(made.values())
+        self.made_before, self._began_with = sum(made.values()), Counter(made)
         self.before, self.planned = made | promised, Counter()
-        for event, count in plan.events(noise):
-            left = max(0, self.mechanism.remaining(event.name)) if budget is not None else math.ceil(count * (1 - share_done))
+        for event, _ in plan.events(noise):
+            left = max(0, self.mechanism.remaining(event.name)) if budget is not None else ahead[event.name]
             if budget is not None or previous is not None:  # the same plan goes on: what it had promised is not promised again
                 self.before[event] = made[event]
                 left = max(left, promised[event] - made[event])
@@ -171,7 +188,7 @@ class PrivacyAccount:
         self.mechanism = GaussianMechanism(plan, noise, ledger, self.stream, capped=self.terms.budget is not None)
         self._lost, self.notes = Counter(_counts(leader["lost"])), list(leader["notes"])
         self.before = Counter(ledger.counts) + self._lost
-        self.made_before = sum(self.before.values())
+        self.made_before, self._began_with = sum(self.before.values()), Counter(self.before)
         self.planned = Counter(_counts(leader["promised"])) - self.before
         return self.mechanism
 
@@ -303,6 +320,17 @@ class PrivacyAccount:
             f"ledger {ledger.run_id} already holds {len(ledger)} releases; with this run's they come to epsilon={needed:.3f}, above "
             f"{budget.epsilon:g}. Use a larger budget or a ledger of other records."
         )
+
+
+def releases_ahead(plan: PrivacyPlan, steps: int, done: int) -> dict[str, int]:
+    """How many of each release a fit makes after ``done`` of its ``steps``: of full passes one a step, in the plan's order."""
+    if not isinstance(plan.sampling, FullPass):
+        return {release.name: math.ceil(release.count * (1 - Fraction(min(done, steps), steps))) for release in plan.releases}
+    ahead, behind = {}, done
+    for release in plan.releases:
+        ahead[release.name] = max(0, release.count - behind)
+        behind = max(0, behind - release.count)
+    return ahead
 
 
 def _listed(counts: Counts) -> list[Any]:

@@ -7,17 +7,17 @@ from typing import Any, cast
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader
 
 from lightning_dpgen._compat import pl
 from lightning_dpgen.privacy.plan import PrivacyPlan
 
 
-def check_trainer(trainer: Any, capped: bool) -> None:
+def check_trainer(trainer: Any) -> None:
     """Refuses Trainer arguments that would change what is released.
 
     Args:
         trainer: The trainer that fits.
-        capped: Whether a target ε was given.
 
     Raises:
         ValueError: Names the argument and what to do instead.
@@ -39,11 +39,6 @@ def check_trainer(trainer: Any, capped: bool) -> None:
         )
     if trainer.overfit_batches:
         refusals.append(f"overfit_batches={trainer.overfit_batches} fixes the lots. Remove it; use limit_train_batches.")
-    if capped and trainer.max_steps == -1 and (trainer.max_epochs is None or trainer.max_epochs == -1):
-        refusals.append(
-            "neither max_steps nor max_epochs is set, so there is no number of releases to fit into epsilon. Set one (max_time "
-            "may stop earlier), or give DPStrategy(noise_multiplier=…) for a run without a claim."
-        )
     finders = [c for c in trainer.callbacks if isinstance(c, (pl.callbacks.LearningRateFinder, pl.callbacks.BatchSizeFinder))]
     for finder in finders:
         refusals.append(f"{type(finder).__name__} trains on records outside the budget. Choose its value on public data.")
@@ -158,17 +153,22 @@ def monitored(trainer: Any, schedulers: list[Any]) -> list[tuple[str, str]]:
 def planned_steps(trainer: pl.Trainer, module: pl.LightningModule) -> int | None:
     """How many lots the trainer will run at most; ``None`` if nothing limits it."""
     steps = trainer.estimated_stepping_batches
+    trainer.fit_loop.setup_data()
     if math.isinf(steps):
         return None
-    trainer.fit_loop.setup_data()
     if not module.automatic_optimization and trainer.max_epochs not in (None, -1):
         lots = int(trainer.num_training_batches) * int(trainer.max_epochs or 0)
         return max(int(steps), lots) if trainer.max_steps == -1 else min(trainer.max_steps, lots)
     return int(steps)
 
 
-def set_passes(trainer: pl.Trainer, plan: PrivacyPlan) -> int:
+def set_passes(trainer: pl.Trainer, plan: PrivacyPlan, done: int) -> int:
     """Makes the trainer run one epoch for each release of a plan of full passes; returns how many.
+
+    Args:
+        trainer: The trainer that fits.
+        plan: Its releases are made in the plan's order.
+        done: How many of them lie behind.
 
     Raises:
         ValueError: If the user's limits leave out a pass or a part of one.
@@ -182,11 +182,13 @@ def set_passes(trainer: pl.Trainer, plan: PrivacyPlan) -> int:
                 f"{argument}={limit}: {name} reads all records once for each of its {passes} releases, an epoch and a step each. Leave "
                 f"{argument} out, which gives it {passes} epochs."
             )
-    loader = cast(Any, trainer.train_dataloader)
+    loader = trainer.train_dataloader
+    if not isinstance(loader, DataLoader):
+        raise ValueError(f"the training data is a {type(loader).__name__}; a private run needs exactly one DataLoader.")
     if trainer.num_training_batches != len(loader):
         raise ValueError(
             f"limit_train_batches={trainer.limit_train_batches}: {name} must read all records in every pass, and would read "
             f"{trainer.num_training_batches} of {len(loader)} chunks. Leave it out (fast_dev_run too)."
         )
-    trainer.fit_loop.max_epochs = passes
+    trainer.fit_loop.max_epochs = trainer.current_epoch + passes - min(done, passes) if trainer.global_step else passes
     return passes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -144,11 +143,11 @@ class DPDDPStrategy(PrivateTraining, pl.strategies.DDPStrategy):
         """Makes the processes' weights equal; gradients are reduced by the strategy, after clipping."""
         submodule("overrides.distributed")._sync_module_states(self._module)
 
-    def _begin(self, plan: PrivacyPlan, folder: Path, previous: dict[str, Any] | None, share_done: Fraction) -> None:
+    def _begin(self, plan: PrivacyPlan, folder: Path, previous: dict[str, Any] | None, ahead: dict[str, int]) -> None:
         outcome: tuple[dict[str, Any] | None, dict[str, Any] | None, BaseException | None] = (None, None, None)
         if self.rank == 0:
             try:
-                self.account.begin(plan, folder, previous, share_done)
+                super()._begin(plan, folder, previous, ahead)
                 outcome = (self.account.state(), self.plan.to_dict(), None)
             except Exception as error:  # the others must hear of it, or they would wait for ever
                 outcome = (None, None, error)

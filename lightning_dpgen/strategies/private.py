@@ -6,7 +6,6 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +20,7 @@ from lightning_dpgen.privacy.ledger import PrivacyLedger
 from lightning_dpgen.privacy.mechanism import GaussianMechanism
 from lightning_dpgen.privacy.noise import SecretStream
 from lightning_dpgen.privacy.plan import FullPass, PoissonSampling, PrivacyPlan, Relation, Release
-from lightning_dpgen.strategies.account import PrivacyAccount, Terms
+from lightning_dpgen.strategies.account import PrivacyAccount, Terms, releases_ahead
 from lightning_dpgen.strategies.compatibility import (
     check_module,
     check_trainer,
@@ -41,6 +40,7 @@ from lightning_dpgen.strategies.probe import SCHEDULE, Probe, check_collate
 log = logging.getLogger(__name__)
 
 GRADIENT_SUM = "gradient_sum"
+ENDED_EARLY = "Training ended after"
 ENGINES: dict[str, type[PerRecordEngine]] = {"hooks": HooksEngine, "ghost": GhostEngine, "functional": FunctionalEngine}
 
 
@@ -91,6 +91,8 @@ class PrivateTraining(pl.strategies.Strategy):
         self._restored: dict[str, Any] | None = None
         self._prepared = self._lot_is_open = False
         self._private_keys: set[str] = set()
+        self.ledger_checks: list[Callable[[PrivacyLedger], None]] = []
+        self._users_epochs: int | None = None
 
     # What a run has spent ------------------------------------------------------------------------------------------
 
@@ -156,7 +158,7 @@ class PrivateTraining(pl.strategies.Strategy):
             super().setup(trainer)
             return
         module = self._module
-        check_trainer(trainer, capped=self.budget is not None)
+        check_trainer(trainer)
         roots: tuple[str, ...] = ()
         if self._owns_releases:
             self._check_own_releases(module)
@@ -214,6 +216,7 @@ class PrivateTraining(pl.strategies.Strategy):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """A lot begins: it must be released, and once."""
         super().on_train_batch_start(batch, batch_idx)
+        vars(self._module)["trained_under"] = self.ledger.run_id
         self.account.ready().next_lot()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -310,12 +313,16 @@ class PrivateTraining(pl.strategies.Strategy):
         if self._engine is not None:
             self._engine.check_values()
         if self.mechanism is not None:
-            checkpoint["privacy"] = {**self.account.state(), "probed": self._probed_before}
+            started = getattr(self._module, "started_from", None)
+            checkpoint["privacy"] = {**self.account.state(), "probed": self._probed_before, "started_from": started}
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def teardown(self) -> None:
         """Leaves the module without hooks."""
         self._prepared, self._restored, self._private = False, None, None
+        self.ledger_checks.clear()
+        if self._users_epochs is not None:
+            self._module.trainer.fit_loop.max_epochs, self._users_epochs = self._users_epochs, None
         for guard in self._guards:
             guard.remove()
         self._guards.clear()
@@ -326,8 +333,12 @@ class PrivateTraining(pl.strategies.Strategy):
 
     # What several processes do otherwise ------------------------------------------------------------------------------
 
-    def _begin(self, plan: PrivacyPlan, folder: Path, previous: dict[str, Any] | None, share_done: Fraction) -> None:
-        self.account.begin(plan, folder, previous, share_done)
+    def _begin(self, plan: PrivacyPlan, folder: Path, previous: dict[str, Any] | None, ahead: dict[str, int]) -> None:
+        def check(ledger: PrivacyLedger) -> None:
+            for one in (self._check_history, *self.ledger_checks):
+                one(ledger)
+
+        self.account.begin(plan, folder, previous, ahead, check)
 
     def _average_gradients(self, optimizer: torch.optim.Optimizer) -> None:
         """Averages the gradients of a public optimizer over processes."""
@@ -382,40 +393,42 @@ class PrivateTraining(pl.strategies.Strategy):
             )
         longer = {release.name: release.count for release in self._plan_of((steps or 1) + 1).releases}
         plan = self._plan_of(steps or 1)
+        counts_lots = module.automatic_optimization or self._owns_releases  # else global_step counts every optimizer
+        previous, self._restored = self._restored, None
+        done = max(trainer.global_step, 0 if previous is None else int(previous["global_step"])) if counts_lots else 0
         if isinstance(plan.sampling, FullPass):
-            steps, self.open_ended = set_passes(trainer, plan), False
+            self._users_epochs = trainer.max_epochs
+            steps, self.open_ended = set_passes(trainer, plan, done), False
+        elif steps is None and self.budget is not None:
+            raise ValueError(
+                "neither max_steps nor max_epochs is set, so there is no number of releases to fit into epsilon. Set one (max_time may "
+                "stop earlier), or give DPStrategy(noise_multiplier=…) for a run without a claim."
+            )
         self.account.per_step = {r.name: max(1, longer.get(r.name, 0) - r.count) for r in plan.releases}
         if self._owns_releases and self._clip_norm is not None:
             raise ValueError(
                 f"DPStrategy(clip_norm={self._clip_norm}) beside {type(module).__name__}, whose configure_privacy() states "
                 f"{', '.join(f'{r.name}: clip_norm={r.clip_norm}' for r in plan.releases)}. Set it in the module alone."
             )
-        previous, self._restored = self._restored, None
         self._probed_before = previous is not None and bool(previous["probed"])
-        counts_lots = module.automatic_optimization or self._owns_releases  # else global_step counts every optimizer
-        done = max(trainer.global_step, 0 if previous is None else int(previous["global_step"])) if counts_lots else 0
-        if self._owns_releases and self.world > 1 and not isinstance(plan.sampling, FullPass):
+        if self._owns_releases and self.world > 1 and not getattr(module, "adds_up_over_processes", False):
             raise ValueError(
                 f"{type(module).__name__} makes its own releases, on one device. Use Trainer(devices=1, strategy=DPStrategy(…))."
             )
-        self._begin(plan, Path(trainer.default_root_dir) / "privacy", previous, Fraction(min(done, steps or 1), steps or 1))
-        self._check_history(module)
+        self._begin(plan, Path(trainer.default_root_dir) / "privacy", previous, releases_ahead(plan, steps or 1, done))
         self._prepared, self._private_keys = True, set()
         self._note_monitors(trainer)
         submodule("utilities").rank_zero_info(self.summary())
 
-    def _check_history(self, module: pl.LightningModule) -> None:
+    def _check_history(self, ledger: PrivacyLedger) -> None:
         """One module's weights may rest on one ledger only, or its certificate would leave the others out."""
-        run = self.ledger.run_id
-        earlier = getattr(module, "trained_under", run)
-        if earlier != run:
+        earlier = getattr(self._module, "trained_under", ledger.run_id)
+        if earlier != ledger.run_id:
             raise ValueError(
-                f"this {type(module).__name__} was trained before, under ledger {earlier}; a second ledger ({run}) would account "
-                "for a part of "
-                "what its weights were made from. Give that ledger, DPStrategy(ledger='….jsonl'), or start from a new module (load "
-                "weights that cost nothing with load_state_dict)."
+                f"this {type(self._module).__name__} was trained before, under ledger {earlier}; a second ledger ({ledger.run_id}) would "
+                "account for a part of what its weights were made from. Give that ledger, DPStrategy(ledger='….jsonl'), or start from a "
+                "new module (load weights that cost nothing with load_state_dict)."
             )
-        vars(module)["trained_under"] = run
 
     def _note_monitors(self, trainer: pl.Trainer) -> None:
         for user, key in monitored(trainer, self.lr_scheduler_configs):
@@ -427,11 +440,12 @@ class PrivateTraining(pl.strategies.Strategy):
                 log.warning("%s What it chooses is outside the guarantee unless that number is from public data.", note)
 
     def _note_early_end(self) -> None:
+        self.account.notes = [note for note in self.account.notes if not note.startswith(ENDED_EARLY)]
         made = sum(self.account.spent.values()) - self.account.made_before
         planned = sum(self.account.planned.values())
         if made < planned and not self.open_ended:
             note = (
-                f"Training ended after {made} of {planned} planned releases; the claim counts them all. That covers the moment of "
+                f"{ENDED_EARLY} {made} of {planned} planned releases; the claim counts them all. That covers the moment of "
                 "stopping only if it was chosen by released numbers, the clock or chance, not by records."
             )
             self.account.notes.append(note)

@@ -54,7 +54,7 @@ def test_a_prior_under_another_ledger_is_refused_before_anything_is_released(tmp
     run = trainer(tmp_path, DPStrategy(epsilon=10.0, ledger=tmp_path / "other.jsonl"), max_steps=3, callbacks=[Prior(str(prior))])
     with pytest.raises(ValueError, match="under ledger .* this run's is"):
         run.fit(small_set(), datamodule=DigitsDataModule(batch_size=200))
-    assert len(run.strategy.ledger) == 0
+    assert not list(tmp_path.glob("other.jsonl"))
 
 
 def test_the_priors_ledger_is_found_in_the_same_folder(tmp_path, mixture):
@@ -65,6 +65,29 @@ def test_the_priors_ledger_is_found_in_the_same_folder(tmp_path, mixture):
     assert run.strategy.ledger.path == first.strategy.ledger.path
     assert len(run.strategy.ledger) == 7 + 3
     assert run.strategy.epsilon_spent() <= 10.0
+
+
+def test_a_ledger_that_does_not_hold_the_priors_cost_is_refused_and_nothing_is_promised(tmp_path, mixture):
+    prior, ledger = mixture
+    old = tmp_path / "old.jsonl"
+    old.write_text("".join(ledger.read_text().splitlines(keepends=True)[:1]))  # a copy from before the mixture
+    for path, message in ((old, "does not hold"), (tmp_path / "other.jsonl", "under ledger .* this run's is")):
+        module = small_set()
+        with pytest.raises(ValueError, match=message):
+            fit(tmp_path, module, prior, path)
+        assert not path.exists() or len(path.read_text().splitlines()) <= 1
+        assert not hasattr(module, "trained_under")
+    fit(tmp_path, module, prior, ledger)  # the module of a refused run is as good as new
+
+
+def test_the_certificate_says_when_a_user_gave_the_start(tmp_path, digits):
+    class Start(pl.Callback):
+        def on_train_start(self, trainer, module):
+            module.start_from(*digits)
+
+    run = trainer(tmp_path, DPStrategy(epsilon=5.0), max_steps=2, callbacks=[Start()])
+    run.fit(small_set(), datamodule=DigitsDataModule(batch_size=200))
+    assert "not covered" in SanitizedRelease.from_trainer(run).certificate["knobs"]["started_from"]["value"]
 
 
 def test_what_does_not_fit_is_refused(tmp_path, mixture):
@@ -83,7 +106,7 @@ def test_a_resumed_run_does_not_start_again(tmp_path, mixture, monkeypatch):
     stop = pl.callbacks.LambdaCallback(on_train_batch_end=lambda run, *_: setattr(run, "should_stop", run.global_step == 2))
     run = fit(tmp_path, small_set(), prior, ledger, steps=4, callbacks=[stop])
     run.save_checkpoint(tmp_path / "two.ckpt")
-    monkeypatch.setattr(PrivateSetGeneration, "start_from", lambda *_: pytest.fail("started again"))
+    monkeypatch.setattr(PrivateSetGeneration, "take_start", lambda *_: pytest.fail("started again"))
     resumed = small_set()
     again = fit(tmp_path, resumed, prior, ledger, steps=4, ckpt_path=tmp_path / "two.ckpt")
     assert again.global_step == 4

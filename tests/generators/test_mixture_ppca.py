@@ -7,7 +7,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from helpers import trainer
-from lightning_dpgen.callbacks import SampleGrid
+from lightning_dpgen.callbacks import PrivacyBudgetStop, SampleGrid
 from sklearn.linear_model import LogisticRegression
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -15,6 +15,7 @@ from lightning_dpgen import DigitsDataModule, DPStrategy, MixturePPCA, PrivacyBu
 from lightning_dpgen.generators.mixture_ppca import MixtureSize, mixture_plan, mixture_size
 from lightning_dpgen.privacy import GaussianMechanism
 from lightning_dpgen.privacy.clipping import tensors_of
+from lightning_dpgen.release.certificate import make_certificate
 
 SHAPE = {"num_classes": 10, "image_shape": (1, 8, 8)}
 PASSES = 7
@@ -204,8 +205,47 @@ def test_a_resume_goes_on_between_passes_and_only_there(tmp_path, records):
     loaded = MixturePPCA.load_from_checkpoint(tmp_path / "epoch=6.ckpt")
     for name, value in whole.public_state().items():
         assert torch.equal(value, loaded.public_state()[name])
-    with pytest.raises(ValueError, match="within pass 4, whose first 2 chunks"):
+    with pytest.raises(ValueError, match="pass 4 goes on with chunk 3, and 0 chunks were added up"):
         fitted(tmp_path, records, strategy=DPStrategy(noise_multiplier=1.0), ckpt_path=tmp_path / "cut.ckpt")
+
+
+def test_what_an_interrupted_pass_left_on_the_module_is_never_added_to(tmp_path, records):
+    class Stop(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if (trainer.current_epoch, batch_idx) == (1, 3):
+                trainer.save_checkpoint(tmp_path / "cut.ckpt")
+                raise RuntimeError("pulled the plug")
+
+    module = MixturePPCA(clusters=2, dimensions=6, **SHAPE)
+    with pytest.raises(RuntimeError, match="plug"):
+        fitted(tmp_path, records, module=module, callbacks=[Stop()])
+    with pytest.raises(ValueError, match="pass 2 goes on with chunk 4, and 0 chunks"):
+        fitted(tmp_path, records, module=module, ckpt_path=tmp_path / "cut.ckpt")
+
+
+def test_without_a_budget_a_resumed_mixture_claims_what_it_released(tmp_path, records):
+    class Stop(pl.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            trainer.should_stop = trainer.current_epoch == 2
+
+    keep = pl.callbacks.ModelCheckpoint(tmp_path, filename="three")
+    _, first = fitted(tmp_path, records, strategy=DPStrategy(noise_multiplier=1.0), callbacks=[Stop(), keep], enable_checkpointing=True)
+    assert any("after 3 of 7" in note for note in first.strategy.account.notes)
+    _, run = fitted(tmp_path, records, strategy=DPStrategy(noise_multiplier=1.0), ckpt_path=tmp_path / "three.ckpt")
+    certificate = make_certificate(run, 10)
+    assert len(run.strategy.ledger) == PASSES
+    assert certificate["claim"]["epsilon"] == pytest.approx(run.strategy.epsilon_spent())
+    assert not certificate["notes"]
+    assert "steps" not in certificate["knobs"]
+
+
+def test_the_trainer_keeps_the_users_own_limit_and_budget_stops_look_at_the_next_release(tmp_path, records):
+    whole, run = fitted(tmp_path / "a", records, strategy=DPStrategy(noise_multiplier=1.0), max_epochs=50)
+    assert run.max_epochs == 50
+    assert whole.is_fitted
+    total = run.strategy.epsilon_spent()
+    same, _ = fitted(tmp_path / "b", records, strategy=DPStrategy(noise_multiplier=1.0), callbacks=[PrivacyBudgetStop(total * 1.01)])
+    assert same.is_fitted
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from lightning_dpgen.privacy import (
     clipped_sum,
     grouped_clipped_sum,
 )
+from lightning_dpgen.privacy.clipping import cell_moments
 
 COORDINATES = 20_000
 
@@ -188,3 +189,14 @@ def test_shards_answer_by_their_own_door_only():
         with pytest.raises(TypeError, match="DisjointShards"):
             call()
     assert len(door.ledger) == 0
+
+
+def test_the_plans_replace_one_factor_must_bound_what_is_released():
+    plan = PrivacyPlan(FullPass(10), (Release("moments", 1.0, 1, replace_one_factor=2**0.5), Release("sums", 1.0, 1)))
+    door = GaussianMechanism(plan, 1.0, PrivacyLedger(None), SecretStream())
+    with pytest.raises(ValueError, match=r"by 2 C, the plan says 1\.414 C"):
+        door.release("moments", {"a": torch.ones(2, 3)})  # plain rows may be opposite
+    assert len(door.ledger) == 0
+    both = torch.ones(2, 3), torch.zeros(2, dtype=torch.int64)
+    door.release("moments", cell_moments(*both, 1, 1.0) + cell_moments(*both, 1, 1.0))
+    door.release("sums", cell_moments(*both, 1, 1.0))

@@ -18,9 +18,10 @@ from lightning_dpgen import (
     calibrate_noise_multiplier,
     verify_release,
 )
-from lightning_dpgen.privacy.plan import Relation
+from lightning_dpgen.privacy.plan import FullPass, PoissonSampling, PrivacyPlan, Relation, Release
 from lightning_dpgen.release import NotCertifiable
 from lightning_dpgen.release.certificate import claim
+from lightning_dpgen.strategies.account import releases_ahead
 
 
 class StopAt(pl.Callback):
@@ -57,16 +58,13 @@ def test_a_later_fit_that_stops_early_claims_what_came_before_and_all_that_it_pl
 
 
 @pytest.mark.parametrize("done", [1, 7, 119])
-def test_what_is_left_of_a_plan_is_counted_in_whole_releases(tmp_path, done):
-    from fractions import Fraction
-
-    from lightning_dpgen.privacy import PoissonSampling, PrivacyPlan, Release, SecretStream
-    from lightning_dpgen.strategies.account import PrivacyAccount, Terms
-
-    account = PrivacyAccount(Terms(None, 1e-5, 1.0, None), SecretStream())
+def test_what_is_left_of_a_plan_is_counted_in_whole_releases(done):
     plan = PrivacyPlan(PoissonSampling(80, 8), (Release("sum", 1.0, 120),))
-    account.begin(plan, tmp_path, None, Fraction(done, 120))
-    assert sum(account.planned.values()) == 120 - done
+    assert releases_ahead(plan, 120, done) == {"sum": 120 - done}
+    passes = PrivacyPlan(FullPass(80), (Release("one", 1.0, 1), Release("two", 1.0, 3), Release("three", 1.0, 1)))
+    assert releases_ahead(passes, 5, 0) == {"one": 1, "two": 3, "three": 1}
+    assert releases_ahead(passes, 5, 2) == {"one": 0, "two": 2, "three": 1}
+    assert releases_ahead(passes, 5, 5) == {"one": 0, "two": 0, "three": 0}
 
 
 def test_a_resumed_run_claims_its_plan_once(tmp_path, digit_records):

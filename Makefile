@@ -21,9 +21,13 @@ data: install
 demo: install
 	@if [ "$(DATA)" = fashion_mnist ]; then $(BIN)/python -W ignore::RuntimeWarning -m lightning_dpgen.data.fetch --root data FashionMNIST; fi
 	@if [ "$(DATA)" = mnist ]; then $(BIN)/python -W ignore::RuntimeWarning -m lightning_dpgen.data.fetch --root data MNIST; fi
-	$(BIN)/dpgen fit --config examples/configs/psg_$(DATA).yaml
-	$(BIN)/dpgen verify runs/$(DATA)/release
-	@echo "Picture: runs/$(DATA)/release/preview.png   Release: runs/$(DATA)/release   Logs, ledger, checkpoint: runs/$(DATA)"
+	@echo "1 of 2: a mixture, epsilon 3 of 10"
+	$(BIN)/dpgen fit --config examples/configs/mixture_$(DATA).yaml --trainer.strategy.init_args.epsilon 3
+	$(BIN)/dpgen verify runs/mixture_$(DATA)/release
+	@echo "2 of 2: a private set that starts from it, epsilon 10 in total"
+	$(BIN)/dpgen fit --config examples/configs/set_from_mixture_$(DATA).yaml
+	$(BIN)/dpgen verify runs/mixture_$(DATA)/set
+	@echo "Pictures: runs/mixture_$(DATA)/{release,set}/preview.png   Logs, ledger, checkpoints (private): runs/mixture_$(DATA)"
 
 test: install
 	$(BIN)/ruff check .
@@ -38,6 +42,7 @@ bench: install
 	$(BIN)/python benchmarks/per_record_gradients.py
 	$(BIN)/python benchmarks/lot_memory.py
 	$(BIN)/python benchmarks/dp_step.py
+	$(BIN)/python benchmarks/ask_once.py --table
 
 lint: install
 	$(BIN)/ruff check --fix .

@@ -54,7 +54,7 @@ class Cell:
     classifiers: tuple[str, ...]
     images_per_class: int = 0
     prior: bool = True
-    steps: int = 60
+    steps: int = 100
 
     @property
     def draws(self) -> tuple[int, ...]:

@@ -251,6 +251,9 @@ def test_the_published_loops_are_the_papers():
         schedule("gradients", "published", 7)
     with pytest.raises(ValueError, match="preset='gpu'"):
         schedule("gradients", "gpu", 10)
+    few, many = schedule("features", "cpu", 10), schedule("features", "cpu", 50)
+    assert (few.signal, few.clip_norm, few.image_steps) == ("features", 0.4, 40)
+    assert many.image_steps < few.image_steps  # each costs five times as much
     with pytest.raises(ValueError, match="matching='moments'"):
         schedule("moments", "cpu", 10)
     with pytest.raises(ValueError, match="preset='published'"):  # the paper matched gradients

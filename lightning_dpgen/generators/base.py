@@ -190,8 +190,11 @@ def as_generator(module: pl.LightningModule, user: object) -> PrivateGenerator:
     return module
 
 
-def check_batch(images: Tensor, labels: Tensor, num_classes: int) -> None:
-    """Raises, for the owner and before training, unless images are floats in [0, 1] and labels are classes."""
+def check_batch(images: Tensor, labels: Tensor, num_classes: int, image_shape: tuple[int, int, int]) -> None:
+    """Raises, for the owner and before training, unless images are floats in [0, 1] of the declared shape and labels are classes."""
+    if images.shape[1:] != torch.Size(image_shape) or labels.shape != images.shape[:1]:
+        found = f"images {tuple(images.shape)} and labels {tuple(labels.shape)}"
+        raise ValueError(f"the loader gives {found}; declared are images {image_shape}, and each has one label.")
     if len(images) == 0:
         return
     if not images.is_floating_point() or labels.is_floating_point():

@@ -238,7 +238,7 @@ class GSWGAN(PrivateGenerator):
         if len(records) != 2 or records[0].shape[1:] != torch.Size(self.image_shape) or records[1].shape != records[0].shape[:1]:
             found = [tuple(leaf.shape) for leaf in records]
             raise ValueError(f"records must be (image {self.image_shape}, label); the loader gives {found}.")
-        check_batch(*records, self.num_classes)
+        check_batch(*records, self.num_classes, self.image_shape)
         each = len(records[0]) // self.num_critics
         if each < 3 * self.num_classes:
             log.warning(

@@ -234,8 +234,8 @@ class MixturePPCA(PrivateGenerator):
             raise ValueError("this MixturePPCA is fitted already; another fit would pay for its statistics again. Start a new one.")
 
     def on_train_start(self) -> None:
-        """Settles K and d, now that the noise is known, and says them. No pass has begun, whatever an interrupted fit left."""
-        self._total, self._chunks = None, 0
+        """Settles K and d, now that the noise is known, and says them."""
+        self._total, self._chunks = None, 0  # an interrupted fit may have left its part of a pass
         if self.trainer.global_step == 0:
             plan = self.mechanism.plan
             noise = self.mechanism.noise_multiplier * plan.release(CLUSTER_SUMS).relative_noise
@@ -276,7 +276,7 @@ class MixturePPCA(PrivateGenerator):
             )
         images, labels = batch
         if done == 0:
-            check_batch(images, labels, self.num_classes)
+            check_batch(images, labels, self.num_classes, self.image_shape)
         statistic = self._statistic(name, images.flatten(1).double(), labels)
         self._total = statistic if self._total is None else self._total + statistic
         self._chunks += 1
@@ -314,13 +314,9 @@ class MixturePPCA(PrivateGenerator):
 
     def _nearest(self, points: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
         """The cell ``[B]`` of each point: its class's nearest center."""
-        far = (
-            centers.square().sum(2)[labels]
-            - 2
-            * (points @ centers.flatten(0, 1).T).view(len(points), *centers.shape[:2])[
-                torch.arange(len(points), device=points.device), labels
-            ]
-        )
+        products = (points @ centers.flatten(0, 1).T).view(len(points), *centers.shape[:2])
+        of_class = products[torch.arange(len(points), device=points.device), labels]
+        far = centers.square().sum(2)[labels] - 2 * of_class
         return labels * self.size.clusters + far.argmin(1)
 
     # What is made of released statistics: public ------------------------------------------------------------------------

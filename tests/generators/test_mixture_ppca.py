@@ -271,6 +271,12 @@ def test_records_that_are_no_images_are_refused_before_a_release(tmp_path, digit
     assert all(len(file.read_text().splitlines()) <= 2 for file in tmp_path.glob("privacy/*.jsonl"))  # header and plan
 
 
+def test_images_of_another_shape_are_refused_before_a_release(tmp_path, records):
+    module = MixturePPCA(num_classes=10, image_shape=(1, 28, 28))
+    with pytest.raises(ValueError, match=r"\(50, 1, 8, 8\).*\(1, 28, 28\)"):
+        fitted(tmp_path, records, module=module)
+
+
 def test_size_follows_signal_and_stays_in_bounds():
     known = {
         eps: mixture_size(60_000, 10, 784, calibrate_noise_multiplier(mixture_plan(60_000, 784), PrivacyBudget(eps, 1e-5)) * 2.4)

@@ -49,15 +49,23 @@ class Prior(pl.Callback):
                 strategy.continue_ledger(ledger)
             strategy.ledger_checks.append(lambda ledger: self._check_counted(release.certificate, ledger))
         kind, figure = release.certificate["generator"]["class"], release.certificate["claim"]["epsilon"]
-        self._words = f"a release of {kind}; its epsilon of {figure:.4g} is in this run's ledger and in its claim"
+        earlier = release.certificate["knobs"].get("started_from", {}).get("value")
+        self._words = [f"a release of {kind}; its epsilon of {figure:.4g} is in this run's ledger and in its claim"]
+        self._words += [f"that release started from: {earlier}"] if earlier else []
+        self._notes = [f"Of the release that it started from: {note}" for note in release.certificate["notes"]]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts the generator from the release's images; a resumed one goes on from where it was."""
-        generator = as_generator(pl_module, self)
-        if trainer.global_step == 0:
-            assert generator.prior is not None
-            generator.start_from(*(tensor.to(generator.device) for tensor in generator.prior))
-            generator.started_from = self._words
+        """Starts a new generator from the release's images; one that was trained before, or is resumed, goes on from where it was."""
+        generator, strategy = as_generator(pl_module, self), trainer.strategy
+        assert isinstance(strategy, PrivateTraining)
+        strategy.account.notes += [note for note in self._notes if note not in strategy.account.notes]
+        if hasattr(generator, "trained_under"):
+            return
+        assert generator.prior is not None
+        given = [generator.started_from] if generator.started_from else []
+        vars(generator)["trained_under"] = strategy.ledger.run_id
+        generator.start_from(*(tensor.to(generator.device) for tensor in generator.prior))
+        generator.started_from = "; ".join(given + self._words)
 
     def _check_counted(self, certificate: dict[str, Any], ledger: PrivacyLedger) -> None:
         """Raises unless everything that the release was made from, or may have been, is in ``ledger``."""

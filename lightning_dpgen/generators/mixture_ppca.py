@@ -421,9 +421,16 @@ class MixturePPCA(PrivateGenerator):
             setattr(self, name, state[name].to(self.passes.device))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes back how large the mixture is."""
+        """Takes back how large the mixture is.
+
+        Raises:
+            ValueError: If it is not as large as this one was asked to be.
+        """
         super().on_load_checkpoint(checkpoint)
         self.size = MixtureSize(*checkpoint["mixture_size"])
+        for name, given in (("clusters", self.clusters), ("dimensions", self.dimensions)):
+            if given not in (None, getattr(self.size, name)):
+                raise ValueError(f"{name}={given}, and the checkpoint's mixture has {getattr(self.size, name)}. Use the same.")
         for name in (*PUBLIC, "class_counts"):
             setattr(self, name, torch.empty_like(checkpoint["state_dict"][name], device=self.passes.device))
 

@@ -116,7 +116,9 @@ class PrivateSetGeneration(PrivateGenerator):
         self._asked = checkpoint["asked"]
 
     def on_train_start(self) -> None:
-        """Puts what a checkpoint held where the network is."""
+        """Puts what a checkpoint held where the network is; counts lots anew in a new fit."""
+        if self.trainer.global_step == 0:
+            self.counted.zero_()
         moved = [[{name: value.to(self.device) for name, value in part.items()} for part in pair] for pair in self._asked]
         self._asked = [(network, target) for network, target in moved]
 

@@ -54,6 +54,7 @@ class PrivacyAccount:
         mechanism: The door of the current or last fit; ``None`` before the first.
         before: Releases that the records had already paid for when the last fit began.
         planned: Releases that the last fit may add.
+        ahead: Releases that the last fit makes if it runs to its end: ``planned`` without what earlier parts leave to be claimed.
         made_before: How many releases had been made when the last fit began.
         notes: Sentences for the certificate.
         per_step: How many of each release one trainer step makes; 1 where it does not say.
@@ -70,6 +71,7 @@ class PrivacyAccount:
         self.mechanism: GaussianMechanism | None = None
         self.before: Counter[ReleaseEvent] = Counter()
         self.planned: Counter[ReleaseEvent] = Counter()
+        self.ahead: Counter[ReleaseEvent] = Counter()
         self.made_before = 0
         self.notes: list[str] = []
         self.per_step: dict[str, int] = {}
@@ -107,7 +109,7 @@ class PrivacyAccount:
         ahead: Counter[ReleaseEvent] = Counter()
         for event, _ in mechanism.plan.events(mechanism.noise_multiplier):
             if isinstance(mechanism.plan.sampling, FullPass):  # one release a step, in the plan's order
-                ahead[event] = max(0, min(self.planned[event] - made[event], steps - sum(ahead.values())))
+                ahead[event] = max(0, min(self.ahead[event] - made[event], steps - sum(ahead.values())))
             else:
                 ahead[event] = steps * self._step(event.name)
         return epsilon((self.spent + ahead).items(), self.terms.delta).value
@@ -164,16 +166,23 @@ class PrivacyAccount:
         promised = Counter(ledger.promised) | (Counter() if previous is None else Counter(_counts(previous["promised"])))
         made = Counter(ledger.counts) + self._lost
         self.made_before, self._began_with = sum(made.values()), Counter(made)
-        self.before, self.planned = made | promised, Counter()
+        self.before, self.planned, self.ahead = made | promised, Counter(), Counter()
         for event, _ in plan.events(noise):
             left = max(0, self.mechanism.remaining(event.name)) if budget is not None else ahead[event.name]
-            if budget is not None or previous is not None:  # the same plan goes on: what it had promised is not promised again
+            self.ahead[event] = self.planned[event] = left
+            if budget is not None:  # the same plan goes on: what it had promised is not promised again
                 self.before[event] = made[event]
-                left = max(left, promised[event] - made[event])
-            self.planned[event] = left
+                self.planned[event] = max(left, promised[event] - made[event])
+            elif previous is not None:  # likewise, but what other runs under this ledger had promised stays promised
+                own = _counts(previous["planned"]).get(event, 0) - (made[event] - _counts(previous["began_with"]).get(event, 0))
+                self.before[event] = max(made[event], promised[event] - max(0, own))
+                self.planned[event] = max(left, own)
         self._check_budget(ledger)
-        ledger.promise(dict(self.before + self.planned))
         return self.mechanism
+
+    def promise(self) -> None:
+        """Writes what the fit plans into the ledger; called before its first release, so that a fit that is refused promises nothing."""
+        self.ready().ledger.promise(dict(self.before + self.planned))
 
     def follow(self, leader: dict[str, Any], plan: PrivacyPlan) -> GaussianMechanism:
         """Takes over a fit that another process has begun: the same noise and counts, with a ledger in memory only.
@@ -190,6 +199,7 @@ class PrivacyAccount:
         self.before = Counter(ledger.counts) + self._lost
         self.made_before, self._began_with = sum(self.before.values()), Counter(self.before)
         self.planned = Counter(_counts(leader["promised"])) - self.before
+        self.ahead = Counter(_counts(leader["ahead"]))
         return self.mechanism
 
     def state(self) -> dict[str, Any]:
@@ -202,6 +212,9 @@ class PrivacyAccount:
             "ledger": None if mechanism.ledger.path is None else str(mechanism.ledger.path),
             "released": _listed(mechanism.ledger.counts),
             "promised": _listed(self.before + self.planned),
+            "planned": _listed(self.planned),
+            "ahead": _listed(self.ahead),
+            "began_with": _listed(self._began_with),
             "lost": _listed(self._lost),
             "notes": list(self.notes),
         }

@@ -216,6 +216,7 @@ class PrivateTraining(pl.strategies.Strategy):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """A lot begins: it must be released, and once."""
         super().on_train_batch_start(batch, batch_idx)
+        self.account.promise()
         vars(self._module)["trained_under"] = self.ledger.run_id
         self.account.ready().next_lot()
 
@@ -395,7 +396,7 @@ class PrivateTraining(pl.strategies.Strategy):
         plan = self._plan_of(steps or 1)
         counts_lots = module.automatic_optimization or self._owns_releases  # else global_step counts every optimizer
         previous, self._restored = self._restored, None
-        done = max(trainer.global_step, 0 if previous is None else int(previous["global_step"])) if counts_lots else 0
+        done = (trainer.global_step if previous is None else int(previous["global_step"])) if counts_lots else 0
         if isinstance(plan.sampling, FullPass):
             self._users_epochs = trainer.max_epochs
             steps, self.open_ended = set_passes(trainer, plan, done), False
@@ -442,7 +443,7 @@ class PrivateTraining(pl.strategies.Strategy):
     def _note_early_end(self) -> None:
         self.account.notes = [note for note in self.account.notes if not note.startswith(ENDED_EARLY)]
         made = sum(self.account.spent.values()) - self.account.made_before
-        planned = sum(self.account.planned.values())
+        planned = sum(self.account.ahead.values())
         if made < planned and not self.open_ended:
             note = (
                 f"{ENDED_EARLY} {made} of {planned} planned releases; the claim counts them all. That covers the moment of "

@@ -6,7 +6,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from helpers import trainer
-from lightning_dpgen.callbacks import Prior
+from lightning_dpgen.callbacks import Prior, PrivacyBudgetStop
 
 from lightning_dpgen import GSWGAN, DigitsDataModule, DPStrategy, MixturePPCA, PrivateSetGeneration, SanitizedRelease, load_release
 from lightning_dpgen.generators import gs_wgan
@@ -82,6 +82,28 @@ def test_a_ledger_that_does_not_hold_the_priors_cost_is_refused_and_nothing_is_p
         assert not path.exists() or len(path.read_text().splitlines()) <= 1
         assert not hasattr(module, "trained_under")
     fit(tmp_path, module, prior, ledger)  # the module of a refused run is as good as new
+
+
+def test_a_started_module_stays_under_its_ledger_whatever_stopped_the_fit(tmp_path, mixture):
+    prior, ledger = mixture
+    module = small_set()
+    with pytest.raises(ValueError, match="PrivacyBudgetStop"):
+        fit(tmp_path, module, prior, ledger, callbacks=[PrivacyBudgetStop(0.01)])
+    with pytest.raises(ValueError, match="was trained before, under ledger"):
+        trainer(tmp_path, DPStrategy(epsilon=1.0, ledger=tmp_path / "fresh.jsonl"), max_steps=2).fit(
+            module, DigitsDataModule(batch_size=200)
+        )
+
+
+def test_what_a_user_gave_before_is_still_said(tmp_path, mixture):
+    prior, ledger = mixture
+    module = small_set()
+    module.num_classes, module.image_shape = 10, (1, 8, 8)
+    module.build()
+    module.load_public_state({"images": torch.rand(20, 1, 8, 8), "labels": module.labels})
+    certificate = SanitizedRelease.from_trainer(fit(tmp_path, module, prior, ledger)).certificate
+    assert "not covered" in certificate["knobs"]["started_from"]["value"]
+    assert "a release of MixturePPCA" in certificate["knobs"]["started_from"]["value"]
 
 
 def test_the_certificate_says_when_a_user_gave_the_start(tmp_path, digits):

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import pytorch_lightning as pl
 from helpers import Mlp, fit, trainer
+from lightning_dpgen.callbacks import PrivacyBudgetStop
 from torch.utils.data import DataLoader
 
 from lightning_dpgen import (
@@ -18,6 +19,7 @@ from lightning_dpgen import (
     calibrate_noise_multiplier,
     verify_release,
 )
+from lightning_dpgen.privacy import PrivacyLedger
 from lightning_dpgen.privacy.plan import FullPass, PoissonSampling, PrivacyPlan, Relation, Release
 from lightning_dpgen.release import NotCertifiable
 from lightning_dpgen.release.certificate import claim
@@ -198,3 +200,36 @@ def test_what_is_said_of_a_lost_ledger_includes_what_it_may_have_held(tmp_path, 
     again.fit(Mlp(), DataLoader(digit_records, batch_size=8), ckpt_path=tmp_path / "five.ckpt")
     assert again.strategy.epsilon_spent() == pytest.approx(claimed(again.strategy))
     assert float(again.callback_metrics["privacy/epsilon"]) > 3.0
+
+
+def test_a_resume_under_a_shared_ledger_keeps_what_other_runs_promised(tmp_path, digit_records):
+    path = tmp_path / "shared.jsonl"
+    options = {"noise_multiplier": 1.0, "ledger": path}
+    for name in ("a", "b"):
+        run = fit(tmp_path, Mlp(), digit_records, 8, trainer_options={"max_steps": 20, "callbacks": [StopAt(3)]}, **options)
+        run.save_checkpoint(tmp_path / f"{name}.ckpt")
+    again = trainer(tmp_path, DPStrategy(**options), max_steps=60)
+    again.fit(Mlp(), DataLoader(digit_records, batch_size=8), ckpt_path=tmp_path / "a.ckpt")
+    account = again.strategy.account
+    assert sum((account.before + account.planned).values()) >= 60 + 20
+    assert not [note for note in account.notes if "ended after" in note]
+
+
+def test_a_checkpoint_resumed_in_the_same_trainer_promises_its_own_rest(tmp_path, digit_records):
+    keep = pl.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1, filename="{step}")
+    options = {"max_steps": 20, "callbacks": [keep], "enable_checkpointing": True}
+    module = Mlp()
+    run = fit(tmp_path, module, digit_records, 8, noise_multiplier=1.0, trainer_options=options)
+    run.callbacks.append(StopAt(6))
+    run.fit(module, DataLoader(digit_records, batch_size=8), ckpt_path=tmp_path / "step=4.ckpt")
+    account = run.strategy.account
+    assert len(run.strategy.ledger) == 22
+    assert sum((account.before + account.planned).values()) == 20 + 16
+
+
+def test_a_refused_fit_promises_nothing(tmp_path, digit_records):
+    path = tmp_path / "ledger.jsonl"
+    options = {"trainer_options": {"max_steps": 20, "callbacks": [PrivacyBudgetStop(0.01)]}, "noise_multiplier": 1.0, "ledger": path}
+    with pytest.raises(ValueError, match="PrivacyBudgetStop"):
+        fit(tmp_path, Mlp(), digit_records, 8, **options)
+    assert PrivacyLedger(path).promised == {}

@@ -314,6 +314,7 @@ class PrivateTraining(pl.strategies.Strategy):
         if self._engine is not None:
             self._engine.check_values()
         if self.mechanism is not None:
+            self.account.promise()  # a resume asks for the ledger, also where no lot was drawn yet
             started = getattr(self._module, "started_from", None)
             checkpoint["privacy"] = {**self.account.state(), "probed": self._probed_before, "started_from": started}
         super().save_checkpoint(checkpoint, filepath, storage_options)

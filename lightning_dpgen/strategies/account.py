@@ -181,8 +181,7 @@ class PrivacyAccount:
         return self.mechanism
 
     def promise(self) -> None:
-        """Writes what the fit plans into the ledger; called before its first release or checkpoint, so that a fit that is refused
-        promises nothing."""
+        """Writes what the fit plans into the ledger, before its first release or checkpoint: a refused fit promises nothing."""
         self.ready().ledger.promise(dict(self.before + self.planned))
 
     def follow(self, leader: dict[str, Any], plan: PrivacyPlan) -> GaussianMechanism:

@@ -10,8 +10,8 @@ from typing import Any
 from lightning_dpgen._compat import pl
 from lightning_dpgen.generators.base import as_generator
 from lightning_dpgen.privacy.ledger import PrivacyLedger
-from lightning_dpgen.privacy.plan import ReleaseEvent
 from lightning_dpgen.release.folder import load_release
+from lightning_dpgen.release.verify import event_counts
 from lightning_dpgen.strategies.private import PrivateTraining
 
 
@@ -76,7 +76,8 @@ class Prior(pl.Callback):
                 "the release cost. Give both runs one ledger, DPStrategy(epsilon=…, ledger='….jsonl'), or one default_root_dir, and "
                 "the second one the whole budget."
             )
-        cost = (counted(certificate["before"]) + counted(certificate["planned"])) | counted(certificate["released"])
+        before, planned, released = (Counter(event_counts(certificate[part])) for part in ("before", "planned", "released"))
+        cost = (before + planned) | released
         missing = cost - (Counter(ledger.counts) | Counter(ledger.promised))
         if missing:
             names = ", ".join(f"{count} x {event.name}" for event, count in missing.items())
@@ -84,8 +85,3 @@ class Prior(pl.Callback):
                 f"{self.release} was made from {names} that ledger {run} ({ledger.path}) does not hold: it is an older copy, or the "
                 "release was changed. Give the ledger that the release was made under."
             )
-
-
-def counted(entries: list[dict[str, Any]]) -> Counter[ReleaseEvent]:
-    """A certificate's events with their counts."""
-    return Counter({ReleaseEvent.from_dict(entry["event"]): int(entry["count"]) for entry in entries})

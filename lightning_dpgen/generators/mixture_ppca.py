@@ -19,12 +19,12 @@ from lightning_dpgen.generators.base import USERS_START, PrivateGenerator, check
 from lightning_dpgen.privacy.clipping import (
     CELL_MOMENTS_REPLACED,
     CELL_SUMS_REPLACED,
-    COUNTER,
     ClippedSum,
     cell_moments,
     cell_sums,
     cell_sums_norm,
     moment_matrices,
+    records_in_cells,
 )
 from lightning_dpgen.privacy.plan import FullPass, PrivacyPlan, Release
 
@@ -105,6 +105,11 @@ def mixture_size(records: int, num_classes: int, pixels: int, noise_multiplier: 
     return MixtureSize(clusters, dimensions)
 
 
+def clip_radii(pixels: int, rules: MixtureRules) -> tuple[float, ...]:
+    """R₀, R₁ and R₂ for images of so many numbers."""
+    return tuple(radius * math.sqrt(pixels) for radius in rules.radii)
+
+
 def mixture_plan(records: int, pixels: int, iterations: int = ITERATIONS, rules: MixtureRules = RULES) -> PrivacyPlan:
     """The releases of a mixture; :class:`MixturePPCA` says what they are.
 
@@ -118,7 +123,7 @@ def mixture_plan(records: int, pixels: int, iterations: int = ITERATIONS, rules:
         ValueError: If images are too large.
     """
     _check_pixels(pixels)
-    images, residuals, remainders = (radius * math.sqrt(pixels) for radius in rules.radii)
+    images, residuals, remainders = clip_radii(pixels, rules)
     counts = {CLUSTER_SUMS: iterations}
     kinds = {
         CLASS_SUMS: (cell_sums_norm(images), CELL_SUMS_REPLACED),
@@ -288,12 +293,10 @@ class MixturePPCA(PrivateGenerator):
 
     @property
     def _schedule(self) -> list[str]:
-        return [CLASS_SUMS, POOLED_MOMENT, CLASS_MOMENTS, *[CLUSTER_SUMS] * self.iterations, CLUSTER_MOMENTS]
+        return [release.name for release in self.mechanism.plan.releases for _ in range(release.count)]
 
-    def _radii(self) -> tuple[float, float, float]:
-        side = math.sqrt(math.prod(self.image_shape))
-        images, residuals, remainders = self.rules.radii
-        return images * side, residuals * side, remainders * side
+    def _radii(self) -> tuple[float, ...]:
+        return clip_radii(math.prod(self.image_shape), self.rules)
 
     def _statistic(self, name: str, images: Tensor, labels: Tensor) -> ClippedSum:
         """What the records of one chunk add to a release."""
@@ -324,7 +327,7 @@ class MixturePPCA(PrivateGenerator):
     def _learn(self, name: str, released: dict[str, Tensor]) -> None:
         """Takes a released statistic, with numbers in float64, into the model."""
         if name == CLASS_SUMS:
-            records = self._counted(released["counts"], self._radii()[0])
+            records = records_in_cells(released["counts"], self._radii()[0])
             self.class_counts = records.clamp_min(1.0)
             self.means = (released["sums"] / self.class_counts[:, None]).clamp(0, 1)
         elif name == POOLED_MOMENT:
@@ -336,13 +339,9 @@ class MixturePPCA(PrivateGenerator):
         else:
             self._shape_clusters(moment_matrices(released["moments"], self.size.dimensions))
 
-    def _counted(self, counts: Tensor, radius: float) -> Tensor:
-        return counts / (COUNTER * radius)
-
     def _noise_of(self, name: str) -> float:
         """Standard deviation of the noise on each number of a release."""
-        release = self.mechanism.plan.release(name)
-        return self.mechanism.noise_multiplier * release.relative_noise * release.clip_norm
+        return self.mechanism.plan.release_event(name, self.mechanism.noise_multiplier).noise_std
 
     def _choose_basis(self, moment: Tensor) -> None:
         """The principal components; the classes' means lose what the noise on them is larger than."""
@@ -365,7 +364,7 @@ class MixturePPCA(PrivateGenerator):
 
     def _move_centers(self, released: dict[str, Tensor]) -> None:
         """The clusters' noisy means, shrunk to the centers before by their noise."""
-        counts = self._counted(released["counts"], self._radii()[1]).view(self.centers.shape[:2])
+        counts = records_in_cells(released["counts"], self._radii()[1]).view(self.centers.shape[:2])
         noise = self._noise_of(CLUSTER_SUMS) / counts.clamp_min(1.0)
         expected = self.rules.center_variance * math.prod(self.image_shape) / 784
         kept = (expected / (expected + noise.square()))[:, :, None]

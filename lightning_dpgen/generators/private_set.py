@@ -19,7 +19,7 @@ from lightning_dpgen._validate import fail, positive_int
 from lightning_dpgen.generators.base import USERS_START, PrivateGenerator
 from lightning_dpgen.generators.matching import centred_feature_sums, class_features, gradient_distance, schedule
 from lightning_dpgen.nn.classifiers import ConvNet
-from lightning_dpgen.privacy.clipping import COUNTER, cell_sums_norm, clipped_gradient_sum
+from lightning_dpgen.privacy.clipping import cell_sums_norm, clipped_gradient_sum, records_in_cells
 from lightning_dpgen.privacy.plan import PoissonSampling, PrivacyPlan, Release
 
 GRADIENT_SUM, FEATURE_SUMS = "gradient_sum", "feature_sums"
@@ -175,7 +175,7 @@ class PrivateSetGeneration(PrivateGenerator):
         released = self.mechanism.release(
             FEATURE_SUMS, centred_feature_sums(self.network.features, batch, centers, radius, self.chunk_size)
         )
-        self.counted += released["counts"] / (COUNTER * radius)
+        self.counted += records_in_cells(released["counts"], radius)
         expected = (self.counted / (self.trainer.global_step + 1)).clamp_min(0.1 * self._expected_lot / self.num_classes)
         return {"features": centers + released["sums"] / expected[:, None].to(centers.dtype)}
 

@@ -151,7 +151,7 @@ def grouped_clipped_sum(rows: Mapping[str, Tensor], groups: Tensor, count: int, 
     factors = _clip_factors(row_norms(rows), clip_norm)
     sums = {}
     for name, value in rows.items():
-        scaled = torch.where(factors[:, None] > 0, as_matrix(value).double(), 0.0) * factors[:, None]
+        scaled = _scaled(as_matrix(value), factors)
         empty = torch.zeros((count, scaled.shape[1]), dtype=torch.float64, device=value.device)
         sums[name] = empty.index_add_(0, groups, scaled).view(count, *value.shape[1:])
     return ClippedSum(sums, clip_norm, count, _key=_KEY)
@@ -176,7 +176,7 @@ def cell_sums(rows: Tensor, cells: Tensor, count: int, radius: float) -> Clipped
     """
     positive("radius", radius)
     factors = _clip_factors(row_norms({"rows": rows.double()}), radius)
-    clipped = torch.where(factors[:, None] > 0, rows.double(), 0.0) * factors[:, None]
+    clipped = _scaled(rows, factors)
     sums = torch.zeros((count, rows.shape[1]), dtype=torch.float64, device=rows.device).index_add_(0, cells, clipped)
     counted = (factors > 0).double() * (COUNTER * radius)
     counts = torch.zeros(count, dtype=torch.float64, device=rows.device).index_add_(0, cells, counted)
@@ -186,6 +186,11 @@ def cell_sums(rows: Tensor, cells: Tensor, count: int, radius: float) -> Clipped
 def cell_sums_norm(radius: float) -> float:
     """The clip norm of :func:`cell_sums`: √1.09 R."""
     return math.sqrt(1 + COUNTER**2) * radius
+
+
+def records_in_cells(counts: Tensor, radius: float) -> Tensor:
+    """How many records the ``counts`` of :func:`cell_sums`, released or not, stand for."""
+    return counts / (COUNTER * radius)
 
 
 CELL_SUMS_REPLACED = 2 / math.sqrt(1 + COUNTER**2)
@@ -212,7 +217,7 @@ def cell_moments(rows: Tensor, cells: Tensor, count: int, radius: float) -> Clip
     """
     positive("radius", radius)
     factors = _clip_factors(row_norms({"rows": rows.double()}), radius)
-    clipped = torch.where(factors[:, None] > 0, rows.double(), 0.0) * factors[:, None]
+    clipped = _scaled(rows, factors)
     row, column, scale = _triangle(rows.shape[1], rows.device)
     if count == 1:
         total = ((clipped.T @ clipped)[row, column] * scale)[None]
@@ -235,6 +240,11 @@ def moment_matrices(packed: Tensor, dimensions: int) -> Tensor:
     full[..., row, column] = packed / scale.to(packed.dtype)
     full[..., column, row] = full[..., row, column]
     return full
+
+
+def _scaled(rows: Tensor, factors: Tensor) -> Tensor:
+    """Each row times its factor, float64; one of factor 0 is zeros, even if it holds NaN."""
+    return torch.where(factors[:, None] > 0, rows.double(), 0.0) * factors[:, None]
 
 
 def _triangle(dimensions: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:

@@ -67,7 +67,8 @@ def _check_files(folder: Path, certificate: dict[str, Any]) -> list[str]:
     return problems
 
 
-def _counts(entries: list[dict[str, Any]]) -> Counts:
+def event_counts(entries: list[dict[str, Any]]) -> Counts:
+    """A certificate's events with their counts."""
     counts = {ReleaseEvent.from_dict(entry["event"]): int(entry["count"]) for entry in entries}
     if len(counts) < len(entries) or any(count < 1 for count in counts.values()):
         raise ValueError("an event is listed twice or with a count below 1")
@@ -78,7 +79,7 @@ def _check_figures(certificate: dict[str, Any]) -> list[str]:
     if certificate["format"] != FORMAT:
         return [f"its format is {certificate['format']!r}; this version reads {FORMAT!r}"]
     problems = []
-    before, planned, released = (_counts(certificate[name]) for name in ("before", "planned", "released"))
+    before, planned, released = (event_counts(certificate[name]) for name in ("before", "planned", "released"))
     plan = PrivacyPlan.from_dict(certificate["plan"])
     allowed = dict(plan.events(float(certificate["noise_multiplier"])))
     if any(count > allowed.get(event, 0) for event, count in planned.items()):

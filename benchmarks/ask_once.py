@@ -2,6 +2,7 @@
 
     python benchmarks/ask_once.py                 # everything that is missing, some minutes a line; goes on where it stopped
     python benchmarks/ask_once.py --cells mixture # only cells whose name contains this
+    python benchmarks/ask_once.py --device cuda   # trains and evaluates there; times are then that device's, and marked so
     python benchmarks/ask_once.py --table         # prints what there is
 
 Results are kept in ``benchmarks/results/ask_once.json``, releases in ``runs/ask_once``. Everything is fixed here, before a number is
@@ -75,24 +76,24 @@ def cells() -> list[Cell]:
     return found
 
 
-def trainer(folder: Path, epsilon: float | None, **options: Any) -> pl.Trainer:
+def trainer(folder: Path, epsilon: float | None, device: str, **options: Any) -> pl.Trainer:
     strategy = DPStrategy(noise_multiplier=0.0) if epsilon is None else DPStrategy(epsilon=epsilon, delta=1e-5)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    return pl.Trainer(strategy=strategy, default_root_dir=folder, accelerator="cpu", **quiet, **options)
+    return pl.Trainer(strategy=strategy, default_root_dir=folder, accelerator=device, devices=1, **quiet, **options)
 
 
-def fit(cell: Cell, folder: Path, root: str) -> tuple[PrivateGenerator, dict[str, Any]]:
+def fit(cell: Cell, folder: Path, root: str, device: str) -> tuple[PrivateGenerator, dict[str, Any]]:
     """Trains; the seed of the public randomness is torch's own, so that draws differ in it too."""
     start, spent = time.perf_counter(), None
     data = DATA[cell.data](root=root, batch_size=4096)
     callbacks = []
     if cell.method == "mixture":
         module: PrivateGenerator = MixturePPCA()
-        run = trainer(folder, cell.epsilon, max_epochs=7)
+        run = trainer(folder, cell.epsilon, device, max_epochs=7)
     else:
         module = PrivateSetGeneration(cell.images_per_class, matching="features")
         if cell.prior:
-            first = trainer(folder, None if cell.epsilon is None else PRIOR_SHARE * cell.epsilon, max_epochs=7)
+            first = trainer(folder, None if cell.epsilon is None else PRIOR_SHARE * cell.epsilon, device, max_epochs=7)
             first.fit(MixturePPCA(), datamodule=data)
             if cell.epsilon is None:
                 labels = module_labels(cell)
@@ -103,11 +104,11 @@ def fit(cell: Cell, folder: Path, root: str) -> tuple[PrivateGenerator, dict[str
                 SanitizedRelease.from_trainer(first, labels).save(folder / "prior", overwrite=True)
                 callbacks.append(Prior(str(folder / "prior")))
         data = DATA[cell.data](root=root, batch_size=8192)
-        run = trainer(folder, cell.epsilon, max_steps=cell.steps, callbacks=callbacks)
+        run = trainer(folder, cell.epsilon, device, max_steps=cell.steps, callbacks=callbacks)
     run.fit(module, datamodule=data)
     if cell.epsilon is not None:
         spent = run.strategy.epsilon_spent()
-    return module, {"epsilon": spent, "fit_seconds": time.perf_counter() - start}
+    return module, {"epsilon": spent, "fit_seconds": time.perf_counter() - start, "device": device}
 
 
 class StartFrom(pl.Callback):
@@ -121,7 +122,7 @@ def module_labels(cell: Cell) -> torch.Tensor:
     return torch.arange(10).repeat_interleave(cell.images_per_class)
 
 
-def run_draw(cell: Cell, draw: int, root: str) -> dict[str, Any]:
+def run_draw(cell: Cell, draw: int, root: str, device: str) -> dict[str, Any]:
     """One noise draw: fit, or take the images of an earlier fit."""
     folder = Path("runs/ask_once") / cell.name.replace(" ", "_") / str(draw)
     kept, facts = folder / "images.pt", folder / "facts.json"
@@ -133,7 +134,7 @@ def run_draw(cell: Cell, draw: int, root: str) -> dict[str, Any]:
             images, labels = data.train_records.tensors()
             found: dict[str, Any] = {"epsilon": None}
         else:
-            module, found = fit(cell, folder, root)
+            module, found = fit(cell, folder, root, device)
             labels = torch.arange(10).repeat_interleave(MIXTURE_SAMPLES) if cell.method == "mixture" else module.release_labels()
             start = time.perf_counter()
             with torch.no_grad():
@@ -162,14 +163,14 @@ def known(cell: Cell, draw: int) -> dict[str, Any]:
     return results.get(cell.name, {}).get(str(draw), {"evaluations": {}})["evaluations"]
 
 
-def evaluate(cell: Cell, draw: int, seed: int, root: str) -> None:
+def evaluate(cell: Cell, draw: int, seed: int, root: str, device: str) -> None:
     pixels, labels = torch.load(Path("runs/ask_once") / cell.name.replace(" ", "_") / str(draw) / "images.pt")
     data = DATA[cell.data](root=root, batch_size=256)
     data.setup("test")
     start = time.perf_counter()
-    table = tstr((pixels.float() / 255, labels), data.real_test(), 10, cell.protocol, [seed], cell.classifiers, show_progress=False)
+    table = tstr((pixels.float() / 255, labels), data.real_test(), 10, cell.protocol, [seed], cell.classifiers, False, device)
     found = {name: round(table.mean(name), 2) for name in cell.classifiers}
-    record(cell, draw, seed, {**found, "seconds": round(time.perf_counter() - start)})
+    record(cell, draw, seed, {**found, "seconds": round(time.perf_counter() - start), "device": device})
     print(f"{cell.name}, noise draw {draw}, seed {seed}: {found}", flush=True)
 
 
@@ -183,7 +184,7 @@ def print_table() -> None:
             if not values:
                 continue
             spread = f"{statistics.fmean(values):.2f} ± {statistics.stdev(values) if len(values) > 1 else 0:.2f}"
-            fits = [draw["fit_seconds"] for draw in draws.values() if "fit_seconds" in draw]
+            fits = [draw["fit_seconds"] for draw in draws.values() if "fit_seconds" in draw and draw.get("device", "cpu") == "cpu"]
             epsilons = [draw["epsilon"] for draw in draws.values() if draw.get("epsilon")]
             print(
                 f"| {cell.name}: {name} | {spread} ({min(values):.2f} … {max(values):.2f}) | {len(draws)} x {len(values) // len(draws)} | "
@@ -197,6 +198,8 @@ def main() -> None:
     parser.add_argument("--cells", default="")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--draws", type=int, nargs="*", default=DRAWS)
     parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
     options = parser.parse_args()
     if options.table:
@@ -205,12 +208,12 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     chosen = [cell for cell in cells() if options.cells in cell.name]
-    for seed, draw in itertools.product(options.seeds, DRAWS):  # one of everything first
+    for seed, draw in itertools.product(options.seeds, options.draws):  # one of everything first
         for cell in chosen:
             if draw in cell.draws and str(seed) not in known(cell, draw):
-                facts = run_draw(cell, draw, options.root)
+                facts = run_draw(cell, draw, options.root, options.device)
                 record(cell, draw, None, facts)
-                evaluate(cell, draw, seed, options.root)
+                evaluate(cell, draw, seed, options.root, options.device)
 
 
 if __name__ == "__main__":

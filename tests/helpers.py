@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_dpgen import DPStrategy
+from lightning_dpgen.privacy.clipping import ClippedSum, clipped_sum, tensors_of
 
 
 class Module(pl.LightningModule):
@@ -80,3 +81,22 @@ def oracle(module, records, clip_norm) -> torch.Tensor:
         total += row * min(1.0, clip_norm / float(row.norm()))
     module.zero_grad()
     return total
+
+
+def unrelated_release(scale: float = 1.0):
+    """A stand-in for ``GaussianMechanism.release`` that charges, and answers by the number of the call and the shapes alone."""
+
+    def release(self, name, contribution):
+        self.ledger.charge(self.plan.release_event(name, self.noise_multiplier))
+        noise = torch.Generator().manual_seed(len(self.ledger))
+        shapes = tensors_of(contribution if isinstance(contribution, ClippedSum) else clipped_sum(contribution, 1.0))
+        return {key: scale * torch.randn(value.shape, generator=noise) for key, value in shapes.items()}
+
+    return release
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    """Bit for bit."""
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name

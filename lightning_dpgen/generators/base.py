@@ -13,7 +13,6 @@ from torch import Tensor
 
 from lightning_dpgen._compat import pl
 from lightning_dpgen.privacy.mechanism import GaussianMechanism
-from lightning_dpgen.privacy.plan import PrivacyPlan
 from lightning_dpgen.strategies.private import PrivateTraining
 
 USERS_START = "images or parameters given by the user; what they cost, if they are of private records, is not covered by this claim"
@@ -22,7 +21,9 @@ USERS_START = "images or parameters given by the user; what they cost, if they a
 class PrivateGenerator(pl.LightningModule):
     """A LightningModule that learns to generate labelled images under differential privacy.
 
-    A subclass fills in :meth:`build`, :meth:`configure_privacy`, :meth:`sample` and ``training_step``.
+    A subclass fills in :meth:`build`, :meth:`sample` and ``training_step``. One that makes its own releases states them in
+    ``configure_privacy(records, steps, batch_size) -> PrivacyPlan``: N, the number of trainer steps and the loader's batch size.
+    Without it the strategy does DP-SGD on what the attribute ``private_modules`` names.
 
     Args:
         num_classes: Number of classes; taken from the data module's declaration if not given.
@@ -54,16 +55,6 @@ class PrivateGenerator(pl.LightningModule):
 
     def build(self) -> None:
         """Creates the parameters from ``num_classes`` and ``image_shape``."""
-        raise NotImplementedError
-
-    def configure_privacy(self, records: int, steps: int, batch_size: int) -> PrivacyPlan:
-        """States what training will release.
-
-        Args:
-            records: Number of records N.
-            steps: Trainer steps.
-            batch_size: The loader's batch size.
-        """
         raise NotImplementedError
 
     def sample(self, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -46,6 +46,10 @@ class MatchingSchedule:
         image_lr: Learning rate of the images.
         image_momentum: Their momentum.
         averaging: Decay of the average over image steps that is published; 0 publishes the last images.
+        augment: Whether records and synthetic images are moved alike before the network, by one public draw a release (DSA).
+        prior: ``"none"``: the images themselves are learned. ``"generator"``: a DCGAN generator of fixed latent numbers is, by
+            Adam, and the images are what it makes of them.
+        prior_lr: Adam's rate then.
         origin: Where these values come from, for the certificate.
     """
 
@@ -65,21 +69,26 @@ class MatchingSchedule:
     image_momentum: float
     averaging: float
     origin: str
+    augment: bool = False
+    prior: str = "none"
+    prior_lr: float = 0.01
 
     def __post_init__(self) -> None:
         for name in ("width", "rounds", "matches", "image_steps"):
             positive_int(name, getattr(self, name))
-        for name in ("clip_norm", "network_lr", "image_lr"):
+        for name in ("clip_norm", "network_lr", "image_lr", "prior_lr"):
             positive(name, getattr(self, name))
         one_of("signal", self.signal, ("gradients", "features"))
         one_of("layers", self.layers, ("all", "head"))
         one_of("distance", self.distance, ("rows", "whole"))
         one_of("image_rule", self.image_rule, ("sgd", "pixels"))
+        one_of("prior", self.prior, ("none", "generator"))
         for name in ("image_momentum", "averaging"):
             if not 0 <= getattr(self, name) < 1:
                 raise fail(name, getattr(self, name), "at least 0 and below 1")
 
 
+PRESETS = ("cpu", "published", "published-prior")
 _PUBLISHED_LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 50: (50, 10)}
 
 
@@ -89,20 +98,22 @@ def schedule(matching: str, preset: str, images_per_class: int) -> MatchingSched
     Args:
         matching: ``"gradients"`` or ``"features"``.
         preset: ``"cpu"``, or for gradients ``"published"``, the paper's loops (1,000 iterations of rounds × matches releases at an
-            expected lot of 256: 10,000, 100,000 and 200,000 trainer steps for 1, 10 and 20 images a class).
+            expected lot of 256: 10,000, 100,000 and 200,000 trainer steps for 1, 10 and 20 images a class), or
+            ``"published-prior"``, those of its generator prior (20,000 trainer steps).
         images_per_class: Images a class; the published loops exist for 1, 10, 20 and 50.
 
     Raises:
         ValueError: For an unknown name, or a number of images that the paper has no loops for.
     """
-    one_of("preset", preset, ("cpu", "published") if one_of("matching", matching, tuple(_CPU)) == "gradients" else ("cpu",))
+    one_of("preset", preset, PRESETS if one_of("matching", matching, tuple(_CPU)) == "gradients" else ("cpu",))
     if preset == "cpu" and matching == "features" and images_per_class > 10:  # an image step costs as many times more
         return replace(_CPU[matching], image_steps=15, image_lr=0.01)
     if preset == "cpu":
         return _CPU[matching]
-    if images_per_class not in _PUBLISHED_LOOPS:
+    prior = preset == "published-prior"
+    if images_per_class not in _PUBLISHED_LOOPS and not prior:
         raise fail("images_per_class", images_per_class, f"one of {tuple(_PUBLISHED_LOOPS)} in the published loops", "Use preset='cpu'.")
-    rounds, epochs = _PUBLISHED_LOOPS[images_per_class]
+    rounds, epochs = (2, 10) if prior else _PUBLISHED_LOOPS[images_per_class]
     return MatchingSchedule(
         signal="gradients",
         width=128,
@@ -119,6 +130,7 @@ def schedule(matching: str, preset: str, images_per_class: int) -> MatchingSched
         image_lr=0.1,
         image_momentum=0.5,
         averaging=0.0,
+        prior="generator" if prior else "none",
         origin="Chen, Kerkouche and Fritz, NeurIPS 2022; chosen there by results on MNIST and FashionMNIST, outside the guarantee",
     )
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_dpgen._validate import fail, positive_int
-from lightning_dpgen.generators.base import USERS_START, PrivateGenerator, check_batch
+from lightning_dpgen.generators.base import USERS_START
+from lightning_dpgen.generators.full_pass import FullPassGenerator
 from lightning_dpgen.privacy.clipping import (
     CELL_MOMENTS_REPLACED,
     CELL_SUMS_REPLACED,
@@ -148,7 +149,7 @@ def _check_pixels(pixels: int) -> None:
         )
 
 
-class MixturePPCA(PrivateGenerator):
+class MixturePPCA(FullPassGenerator):
     """A mixture of Gaussians for each class, in a basis of principal components: fitted in seconds, sampled without end.
 
     One epoch is one pass over all records, in chunks of the loader's ``batch_size``, and one release. The strategy runs as many
@@ -180,7 +181,6 @@ class MixturePPCA(PrivateGenerator):
         ValueError: For arguments out of range, or larger images.
     """
 
-    adds_up_over_processes = True
     generator_seed: Tensor
     means: Tensor
     basis: Tensor
@@ -199,13 +199,10 @@ class MixturePPCA(PrivateGenerator):
     ) -> None:
         super().__init__(num_classes, image_shape)
         self.save_hyperparameters()
-        self.automatic_optimization = False
         self.clusters = None if clusters is None else positive_int("clusters", clusters)
         self.dimensions = None if dimensions is None else positive_int("dimensions", dimensions)
         self.iterations = positive_int("iterations", iterations)
         self.rules = RULES
-        self._total: ClippedSum | None = None
-        self._chunks = 0
         if self.is_built:
             self.build()
 
@@ -215,7 +212,7 @@ class MixturePPCA(PrivateGenerator):
         if self.dimensions is not None and self.dimensions > pixels:
             raise fail("dimensions", self.dimensions, f"at most the {pixels} numbers of an image")
         _check_pixels(pixels)
-        self.passes = nn.Parameter(torch.zeros(()))  # Lightning counts its optimizer's steps, and writes a checkpoint for new ones
+        super().build()
         self.register_buffer("generator_seed", torch.randint(2**62, ()))
         for name in (*PUBLIC, "class_counts"):
             self.register_buffer(name, torch.zeros(0))
@@ -224,23 +221,9 @@ class MixturePPCA(PrivateGenerator):
         """Full passes, whatever the number of steps."""
         return mixture_plan(records, math.prod(self.image_shape), self.iterations, self.rules)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """One that moves nothing: its steps count the releases."""
-        return torch.optim.SGD([self.passes], lr=0.0)
-
-    def setup(self, stage: str) -> None:
-        """As every generator's.
-
-        Raises:
-            ValueError: Also if this mixture is fitted already: its statistics are released once.
-        """
-        super().setup(stage)
-        if stage == "fit" and self.is_fitted and self.trainer.ckpt_path is None:
-            raise ValueError("this MixturePPCA is fitted already; another fit would pay for its statistics again. Start a new one.")
-
     def on_train_start(self) -> None:
         """Settles K and d, now that the noise is known, and says them."""
-        self._total, self._chunks = None, 0  # an interrupted fit may have left its part of a pass
+        super().on_train_start()
         if self.trainer.global_step == 0:
             plan = self.mechanism.plan
             noise = self.mechanism.noise_multiplier * plan.release(CLUSTER_SUMS).relative_noise
@@ -248,57 +231,17 @@ class MixturePPCA(PrivateGenerator):
             self.size = MixtureSize(self.clusters or size.clusters, self.dimensions or size.dimensions)
             log.info("MixturePPCA: %d clusters a class in %d dimensions.", self.size.clusters, self.size.dimensions)
 
-    def on_train_end(self) -> None:
-        """Lets go of what an unfinished pass has added up."""
-        self._total = None
-
     @property
     def is_fitted(self) -> bool:
         """Whether every statistic was released."""
         return self.factors.numel() > 0
 
-    # One pass: a statistic, released -----------------------------------------------------------------------------------
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        """One chunk of a pass; with the last one the pass's statistic is released.
-
-        Args:
-            batch: Images ``[B, C, H, W]`` in [0, 1] and labels ``[B]``.
-            batch_idx: Number of the chunk in its pass.
-
-        Raises:
-            ValueError: If a resumed pass would lack its first chunks, or records are not images and labels as said.
-        """
-        done = self.trainer.global_step
-        name = self._schedule[done]
-        if batch_idx == 0:
-            self._total, self._chunks = None, 0
-        if batch_idx != self._chunks:
-            raise ValueError(
-                f"pass {done + 1} goes on with chunk {batch_idx + 1}, and {self._chunks} chunks were added up: the checkpoint was "
-                "written within a pass, whose first chunks are not kept. Resume from one that was written between passes, as "
-                "ModelCheckpoint does by default."
-            )
-        images, labels = batch
-        if done == 0:
-            check_batch(images, labels, self.num_classes, self.image_shape)
-        statistic = self._statistic(name, images.flatten(1).double(), labels)
-        self._total = statistic if self._total is None else self._total + statistic
-        self._chunks += 1
-        if self._chunks == self.trainer.num_training_batches:
-            released = {key: value.double() for key, value in self.mechanism.release(name, self._total).items()}
-            self._total = None
-            self._learn(name, released)
-            cast(Any, self.optimizers()).step()
-
-    @property
-    def _schedule(self) -> list[str]:
-        return [release.name for release in self.mechanism.plan.releases for _ in range(release.count)]
+    # One pass: a statistic -------------------------------------------------------------------------------------------
 
     def _radii(self) -> tuple[float, ...]:
         return clip_radii(math.prod(self.image_shape), self.rules)
 
-    def _statistic(self, name: str, images: Tensor, labels: Tensor) -> ClippedSum:
+    def statistic(self, name: str, images: Tensor, labels: Tensor) -> ClippedSum:
         """What the records of one chunk add to a release."""
         whole, residual, remainder = self._radii()
         if name == CLASS_SUMS:
@@ -324,7 +267,7 @@ class MixturePPCA(PrivateGenerator):
 
     # What is made of released statistics: public ------------------------------------------------------------------------
 
-    def _learn(self, name: str, released: dict[str, Tensor]) -> None:
+    def learn(self, name: str, released: dict[str, Tensor]) -> None:
         """Takes a released statistic, with numbers in float64, into the model."""
         if name == CLASS_SUMS:
             records = records_in_cells(released["counts"], self._radii()[0])

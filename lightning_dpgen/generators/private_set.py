@@ -18,11 +18,18 @@ from torch.nn import functional as F
 from lightning_dpgen._validate import fail, positive_int
 from lightning_dpgen.generators.base import USERS_START, PrivateGenerator
 from lightning_dpgen.generators.matching import centred_feature_sums, class_features, gradient_distance, schedule
+from lightning_dpgen.nn.augmentation import Augmentation, augment, draw_augmentation
 from lightning_dpgen.nn.classifiers import ConvNet
+from lightning_dpgen.nn.generators import DCGANGenerator
 from lightning_dpgen.privacy.clipping import cell_sums_norm, clipped_gradient_sum, records_in_cells
 from lightning_dpgen.privacy.plan import PoissonSampling, PrivacyPlan, Release
 
 GRADIENT_SUM, FEATURE_SUMS = "gradient_sum", "feature_sums"
+LATENT = 100
+"""Latent numbers of the generator prior."""
+AUGMENTATION = Augmentation()
+DRAW = "draw"
+"""Where a target keeps the augmentation under which it was released."""
 
 
 class PrivateSetGeneration(PrivateGenerator):
@@ -88,16 +95,23 @@ class PrivateSetGeneration(PrivateGenerator):
         if height < 8 or width < 8:
             raise fail("image_shape", self.image_shape, "at least 8 x 8 pixels")
         count = self.num_classes * self.images_per_class
-        self.images = nn.Parameter(torch.rand(count, channels, height, width))
         self.register_buffer("labels", torch.arange(self.num_classes).repeat_interleave(self.images_per_class))
+        if self.schedule.prior == "generator":
+            self.generator: nn.Module | None = DCGANGenerator(self.num_classes, self.image_shape, LATENT)
+            self.register_buffer("latent", torch.randn(count, LATENT))
+            self.register_buffer("images", self.generator(self.latent, self.labels).detach())
+        else:
+            self.generator = None
+            self.images = nn.Parameter(torch.rand(count, channels, height, width))
         self.register_buffer("average", self.images.detach().clone())
         self.register_buffer("counted", torch.zeros(self.num_classes, dtype=torch.float64))
         self.network = self._fresh_network()
         self._asked: list[tuple[dict[str, Tensor], dict[str, Tensor]]] = []
+        self._drawn = torch.eye(2, 3)
 
-    def images_to_start_from(self) -> int:
-        """As many as the set has."""
-        return self.images_per_class
+    def images_to_start_from(self) -> int | None:
+        """As many as the set has; a generator prior starts from none."""
+        return None if self.schedule.prior == "generator" else self.images_per_class
 
     @torch.no_grad()
     def take_start(self, images: Tensor, labels: Tensor) -> None:
@@ -131,7 +145,9 @@ class PrivateSetGeneration(PrivateGenerator):
         return PrivacyPlan(PoissonSampling(records, batch_size), (release,))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """SGD on the images alone."""
+        """SGD on the images alone, or Adam on the generator that makes them."""
+        if self.generator is not None:
+            return torch.optim.Adam(self.generator.parameters(), self.schedule.prior_lr)
         return torch.optim.SGD([self.images], lr=self.schedule.image_lr, momentum=self.schedule.image_momentum)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -142,8 +158,11 @@ class PrivateSetGeneration(PrivateGenerator):
             batch_idx: Not used.
         """
         self._advance_network()
+        if self.schedule.augment:
+            self._drawn = draw_augmentation(AUGMENTATION)
+            batch = augment(batch[0], self._drawn) if len(batch[0]) else batch[0], batch[1]
         target = self._features(batch) if self.schedule.signal == "features" else self._gradients(batch)
-        latest = ({name: value.clone() for name, value in self.network.state_dict().items()}, target)
+        latest = ({name: value.clone() for name, value in self.network.state_dict().items()}, {**target, DRAW: self._drawn})
         if self.schedule.replay:
             self._asked.append(latest)
         optimizer = cast(Any, self.optimizers())
@@ -152,11 +171,14 @@ class PrivateSetGeneration(PrivateGenerator):
             network, target = latest
             if self.schedule.replay and step:
                 network, target = self._asked[int(torch.randint(len(self._asked), ()))]
-            self.images.grad = self._image_gradient(network, target)
+            self._set_gradient(network, target)
             # Lightning counts each step of its own optimizer: one trainer step is one release, so it sees the last one only.
             is_last = step == self.schedule.image_steps - 1
             (optimizer if is_last else optimizer.optimizer).step()
-            if self.schedule.image_rule == "pixels":
+            if self.generator is not None:
+                with torch.no_grad():
+                    self.images = self.generator(self.latent, self.labels)
+            elif self.schedule.image_rule == "pixels":
                 self.images.data.clamp_(0, 1)
             self.average.lerp_(self.images.detach(), 1 - self.schedule.averaging)
 
@@ -170,7 +192,8 @@ class PrivateSetGeneration(PrivateGenerator):
     def _features(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         """The classes' mean features: those of the synthetic set, and how far the lot's released ones are from them."""
         with torch.no_grad():
-            centers = class_features(self.network.features, self.images, self.images_per_class)
+            mine = augment(self.images, self._drawn) if self.schedule.augment else self.images
+            centers = class_features(self.network.features, mine, self.images_per_class)
         radius = self.schedule.clip_norm
         released = self.mechanism.release(
             FEATURE_SUMS, centred_feature_sums(self.network.features, batch, centers, radius, self.chunk_size)
@@ -218,10 +241,11 @@ class PrivateSetGeneration(PrivateGenerator):
         return {name: value.detach() for name, value in named if self.schedule.layers == "all" or name.startswith("head.")}
 
     def _set_rate(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.schedule.image_rule == "pixels":
+        if self.schedule.image_rule == "pixels" or self.generator is not None:
             done = self.trainer.global_step / self.mechanism.plan.releases[0].count
             factor = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-            optimizer.param_groups[0]["lr"] = self.schedule.image_lr * factor
+            rate = self.schedule.image_lr if self.generator is None else self.schedule.prior_lr
+            optimizer.param_groups[0]["lr"] = rate * factor
 
     def _fresh_network(self) -> ConvNet:
         return ConvNet(self.num_classes, self.image_shape, width=self.schedule.width).requires_grad_(False)
@@ -249,22 +273,31 @@ class PrivateSetGeneration(PrivateGenerator):
         logits = functional_call(self.network, parameters, (image[None],))
         return F.cross_entropy(logits, label[None])
 
-    def _image_gradient(self, network: dict[str, Tensor], target: dict[str, Tensor]) -> Tensor:
-        distance = self._feature_distance(network, target) if self.schedule.signal == "features" else self._distance(network, target)
-        gradient = torch.autograd.grad(distance, self.images)[0]
+    def _set_gradient(self, network: dict[str, Tensor], target: dict[str, Tensor]) -> None:
+        """Leaves the distance's gradient where the optimizer steps: at the images, or at the generator that makes them."""
+        target = dict(target)
+        draw = target.pop(DRAW)
+        images = self.images if self.generator is None else self.generator(self.latent, self.labels)
+        moved = augment(images, draw) if self.schedule.augment else images
+        of = self._feature_distance if self.schedule.signal == "features" else self._distance
+        gradient = torch.autograd.grad(of(moved, network, target), images, retain_graph=self.generator is not None)[0]
+        if self.generator is not None:
+            self.generator.zero_grad()
+            images.backward(gradient)
+            return
         if self.schedule.image_rule == "pixels":
             gradient = gradient / gradient.square().mean().sqrt().clamp_min(1e-12)
-        return gradient
+        self.images.grad = gradient
 
-    def _distance(self, network: dict[str, Tensor], target: dict[str, Tensor]) -> Tensor:
+    def _distance(self, images: Tensor, network: dict[str, Tensor], target: dict[str, Tensor]) -> Tensor:
         variables = {name: network[name].detach().requires_grad_() for name in target}
-        loss = F.cross_entropy(functional_call(self.network, {**network, **variables}, (self.images,)), self.labels)
+        loss = F.cross_entropy(functional_call(self.network, {**network, **variables}, (images,)), self.labels)
         mine = torch.autograd.grad(loss, list(variables.values()), create_graph=True)
         return gradient_distance(dict(zip(variables, mine, strict=True)), target, self.schedule.distance)
 
-    def _feature_distance(self, network: dict[str, Tensor], target: dict[str, Tensor]) -> Tensor:
-        def features(images: Tensor) -> Tensor:
+    def _feature_distance(self, images: Tensor, network: dict[str, Tensor], target: dict[str, Tensor]) -> Tensor:
+        def features(of: Tensor) -> Tensor:
             named = {name.removeprefix("features."): value for name, value in network.items() if name.startswith("features.")}
-            return functional_call(self.network.features, named, (images,))
+            return functional_call(self.network.features, named, (of,))
 
-        return (class_features(features, self.images, self.images_per_class) - target["features"]).square().sum()
+        return (class_features(features, images, self.images_per_class) - target["features"]).square().sum()

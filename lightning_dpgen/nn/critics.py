@@ -1,11 +1,13 @@
-"""Label-conditional critics for stacked training: an image and a class to one number.
+"""Label-conditional critics: an image and a class to one number.
 
-Their layers are products of a weight with a matrix, so that ``vmap`` over K weights becomes batched matrix products on
-every device; ``Conv2d`` would become a convolution in K groups, which no library runs well.
+Critics are stacked in training: their layers are products of a weight with a matrix, so that ``vmap`` over K weights becomes batched
+matrix products on every device; ``Conv2d`` would become a convolution in K groups, which no library runs well. Discriminators are
+alone, and made of ordinary layers, whose per-record gradients every engine knows.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -96,6 +98,72 @@ class ConvCritic(_Critic):
         places = math.prod(-(-side // 8) for side in image_shape[1:])
         super().__init__(nn.Sequential(*layers), 4 * width * places, num_classes)
 
+
+class _Discriminator(nn.Module):
+    """An image with its class beside it, to one number: layers that every per-record engine knows, no parameter of its own."""
+
+    def __init__(self, body: nn.Module, num_classes: int) -> None:
+        super().__init__()
+        self.body, self.num_classes = body, num_classes
+
+    def beside(self, images: Tensor, classes: Tensor) -> Tensor:
+        """Joins images ``[N, C, H, W]`` and one-hot classes ``[N, num_classes]``."""
+        raise NotImplementedError
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """``[N, C, H, W]`` in [0, 1] and ``[N]`` to ``[N]``."""
+        found: Tensor = self.body(self.beside(2 * images - 1, F.one_hot(labels, self.num_classes).to(images.dtype)))
+        return found[:, 0]
+
+
+class MLPDiscriminator(_Discriminator):
+    """Pixels and class → ``widths`` → 1, LeakyReLU between.
+
+    Args:
+        num_classes: Number of classes.
+        image_shape: ``(C, H, W)``.
+        widths: Numbers between.
+    """
+
+    def __init__(self, num_classes: int, image_shape: ImageShape, widths: tuple[int, ...] = (128,)) -> None:
+        layers: list[nn.Module] = []
+        for inside, outside in itertools.pairwise((math.prod(image_shape) + num_classes, *widths)):
+            layers += [nn.Linear(inside, outside), nn.LeakyReLU(0.2)]
+        super().__init__(nn.Sequential(*layers, nn.Linear(widths[-1], 1)), num_classes)
+
+    def beside(self, images: Tensor, classes: Tensor) -> Tensor:
+        """Pixels, then classes."""
+        return torch.cat([images.flatten(1), classes], 1)
+
+
+class ConvDiscriminator(_Discriminator):
+    """Two strided 4 × 4 convolutions and a linear layer; the class as constant channels. No normalisation.
+
+    Args:
+        num_classes: Number of classes.
+        image_shape: ``(C, H, W)``.
+        width: Channels of the first convolution; the second has twice as many.
+    """
+
+    def __init__(self, num_classes: int, image_shape: ImageShape, width: int = 32) -> None:
+        places = math.prod(side // 2 // 2 for side in image_shape[1:])
+        body = nn.Sequential(
+            nn.Conv2d(image_shape[0] + num_classes, width, 4, stride=2, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(width, 2 * width, 4, stride=2, padding=1),
+            nn.LeakyReLU(0.2),
+            nn.Flatten(),
+            nn.Linear(2 * width * places, 1),
+        )
+        super().__init__(body, num_classes)
+
+    def beside(self, images: Tensor, classes: Tensor) -> Tensor:
+        """Channels, then a channel for each class."""
+        return torch.cat([images, classes[:, :, None, None].expand(-1, -1, *images.shape[2:])], 1)
+
+
+DISCRIMINATORS: dict[str, Callable[[int, ImageShape], nn.Module]] = {"mlp": MLPDiscriminator, "conv": ConvDiscriminator}
+"""By name, called with (number of classes, image shape)."""
 
 CRITICS: dict[str, Callable[[int, ImageShape], nn.Module]] = {"mlp": MLPCritic, "dcgan": ConvCritic}
 """By name, called with (number of classes, image shape)."""

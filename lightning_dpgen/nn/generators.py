@@ -33,6 +33,13 @@ class _Generator(nn.Module):
         return images[..., top : top + self.image_shape[1], left : left + self.image_shape[2]]
 
 
+class _PixelNorm(nn.Module):
+    """Each place's channels divided by their root mean square (Karras et al., ICLR 2018)."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values * torch.rsqrt(values.square().mean(1, keepdim=True) + 1e-8)
+
+
 class SmallGenerator(_Generator):
     """A linear layer and three convolutions over two enlargements, BatchNorm between: for a CPU.
 
@@ -60,6 +67,55 @@ class SmallGenerator(_Generator):
         )
 
 
+class PlainGenerator(_Generator):
+    """As :class:`SmallGenerator`, with pixel norm in place of BatchNorm: no buffers, no image depends on others.
+
+    Args:
+        num_classes: Number of classes.
+        image_shape: ``(C, H, W)``.
+        latent_dim: Latent numbers.
+        width: Channels before the last enlargement.
+    """
+
+    def __init__(self, num_classes: int, image_shape: ImageShape, latent_dim: int, width: int = 32) -> None:
+        super().__init__(num_classes, image_shape, 2 * width, enlargement=4)
+        self.start = nn.Sequential(nn.Linear(latent_dim + num_classes, self.places), nn.ReLU())
+        self.body = nn.Sequential(
+            _PixelNorm(),
+            nn.Upsample(scale_factor=2),
+            nn.Conv2d(2 * width, width, 3, padding=1),
+            nn.ReLU(),
+            _PixelNorm(),
+            nn.Upsample(scale_factor=2, mode="bilinear"),
+            nn.Conv2d(width, width // 2, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(width // 2, image_shape[0], 3, padding=1),
+            nn.Sigmoid(),
+        )
+
+
+class MLPGenerator(nn.Module):
+    """Latent numbers and class → ``width`` → pixels: DP-CGAN's.
+
+    Args:
+        num_classes: Number of classes.
+        image_shape: ``(C, H, W)``.
+        latent_dim: Latent numbers.
+        width: Numbers between.
+    """
+
+    def __init__(self, num_classes: int, image_shape: ImageShape, latent_dim: int, width: int = 128) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        layers = [nn.Linear(latent_dim + num_classes, width), nn.ReLU(), nn.Linear(width, math.prod(image_shape)), nn.Sigmoid()]
+        self.body = nn.Sequential(*layers, nn.Unflatten(1, image_shape))
+
+    def forward(self, latent: Tensor, labels: Tensor) -> Tensor:
+        """``[N, latent_dim]`` and ``[N]`` to ``[N, C, H, W]``."""
+        images: Tensor = self.body(torch.cat([latent, F.one_hot(labels, self.num_classes).to(latent.dtype)], 1))
+        return images
+
+
 class DCGANGenerator(_Generator):
     """Three transposed convolutions with BatchNorm (Radford, Metz and Chintala, ICLR 2016), as in GS-WGAN's code.
 
@@ -83,13 +139,6 @@ class DCGANGenerator(_Generator):
             nn.ConvTranspose2d(width, image_shape[0], 4, stride=2, padding=1),
             nn.Sigmoid(),
         )
-
-
-class _PixelNorm(nn.Module):
-    """Each place's channels divided by their root mean square (Karras et al., ICLR 2018)."""
-
-    def forward(self, values: Tensor) -> Tensor:
-        return values * torch.rsqrt(values.square().mean(1, keepdim=True) + 1e-8)
 
 
 class _UpBlock(nn.Module):
@@ -137,6 +186,8 @@ class ResNetGenerator(_Generator):
 
 GENERATORS: dict[str, Callable[[int, ImageShape, int], nn.Module]] = {
     "small": SmallGenerator,
+    "plain": PlainGenerator,
+    "mlp": MLPGenerator,
     "dcgan": DCGANGenerator,
     "resnet": ResNetGenerator,
 }

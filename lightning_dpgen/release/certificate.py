@@ -75,7 +75,7 @@ def make_certificate(trainer: pl.Trainer, images: int) -> dict[str, Any]:
         raise NotCertifiable("this run had neither max_steps nor max_epochs, so it had no plan to claim. Set one and train again.")
     if not isinstance(module, PrivateGenerator):
         raise NotCertifiable(f"{type(module).__name__} is not a PrivateGenerator: it has no images to release.")
-    if getattr(module, "mechanism", None) is not strategy.mechanism:
+    if module is not strategy.trained:
         raise NotCertifiable(f"the trainer's module is another {type(module).__name__} than the one that it trained last.")
     plan, noise_multiplier, account = strategy.plan, strategy.noise_multiplier, strategy.account
     counts = dict(account.before), dict(account.planned), strategy.ledger.counts

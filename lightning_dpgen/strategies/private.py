@@ -81,6 +81,7 @@ class PrivateTraining(pl.strategies.Strategy):
             Terms(self.budget, self.delta, noise_multiplier, None if ledger is None else str(ledger)), self._stream
         )
         self.open_ended = False
+        self.trained: pl.LightningModule | None = None
         self._engine: PerRecordEngine | None = None
         self._probe: Probe | None = None
         self._private: torch.optim.Optimizer | None = None
@@ -169,6 +170,7 @@ class PrivateTraining(pl.strategies.Strategy):
         if not self._owns_releases:
             self._private = private_optimizer(self.optimizers, module, roots)
         self._prepare(trainer, module)
+        self.trained = module
         if self._owns_releases:
             self._check_sampling(trainer)
             check_collate(self, cast(Any, trainer.train_dataloader))  # before the module can read a record

@@ -4,6 +4,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from helpers import trainer as quiet
+from helpers import unrelated_release
 from lightning_dpgen.callbacks import PrivacyMonitor, ReleaseWriter, SampleGrid, TSTREvaluation
 from pytorch_lightning.demos.boring_classes import BoringModel
 from pytorch_lightning.loggers import CSVLogger
@@ -85,14 +86,8 @@ def test_a_class_whose_samples_are_alike_is_named_and_numbers_stand_beside_the_r
 def test_looking_changes_nothing(tmp_path, monkeypatch):
     """The same run with and without callbacks ends in the same images, bit for bit."""
     from lightning_dpgen.privacy import GaussianMechanism
-    from lightning_dpgen.privacy.clipping import tensors_of
 
-    def stub(self, name, contribution):
-        self.ledger.charge(self.plan.release_event(name, self.noise_multiplier))
-        noise = torch.Generator().manual_seed(len(self.ledger))
-        return {key: torch.randn(value.shape, generator=noise) for key, value in tensors_of(contribution).items()}
-
-    monkeypatch.setattr(GaussianMechanism, "release", stub)
+    monkeypatch.setattr(GaussianMechanism, "release", unrelated_release())
     looking = [PrivacyMonitor(1), SampleGrid(1, 2), TSTREvaluation(every_n_steps=1, seeds=[0], classifiers=["LogReg"])]
     images = []
     for name, callbacks in (("with", looking), ("without", [])):

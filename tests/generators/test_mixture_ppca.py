@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from helpers import trainer
+from helpers import assert_same, trainer, unrelated_release
 from lightning_dpgen.callbacks import PrivacyBudgetStop, SampleGrid
 from sklearn.linear_model import LogisticRegression
 from torch.utils.data import DataLoader, TensorDataset
@@ -41,7 +41,7 @@ def asked(tmp_path, records):
 
     class Keep(pl.Callback):
         def on_train_epoch_start(self, trainer, module):
-            states[module._schedule[trainer.global_step]] = {k: getattr(module, k).clone() for k in ("means", "basis", "centers")}
+            states[module.schedule[trainer.global_step]] = {k: getattr(module, k).clone() for k in ("means", "basis", "centers")}
 
     torch.manual_seed(0)
     module, _ = fitted(tmp_path, records, callbacks=[Keep()])
@@ -51,7 +51,7 @@ def asked(tmp_path, records):
 def statistic(module, state, name, images, labels):
     for key, value in state.items():
         setattr(module, key, value)
-    return module._statistic(name, images.flatten(1).double(), labels)
+    return module.statistic(name, images.flatten(1).double(), labels)
 
 
 def flat(total):
@@ -136,12 +136,7 @@ def test_chunks_add_up_to_the_whole(tmp_path, records, batch_size):
 
 
 def test_non_interference(tmp_path, monkeypatch, digits):
-    def stub(self, name, contribution):
-        self.ledger.charge(self.plan.release_event(name, self.noise_multiplier))
-        noise = torch.Generator().manual_seed(len(self.ledger))
-        return {key: 10 * torch.randn(value.shape, generator=noise) for key, value in tensors_of(contribution).items()}
-
-    monkeypatch.setattr(GaussianMechanism, "release", stub)
+    monkeypatch.setattr(GaussianMechanism, "release", unrelated_release(10))
     states = []
     for number, (images, labels) in enumerate(((digits[0][:60], digits[1][:60]), (torch.rand(60, 1, 8, 8), torch.zeros(60).long()))):
         torch.manual_seed(0)
@@ -150,9 +145,7 @@ def test_non_interference(tmp_path, monkeypatch, digits):
         states.append((state, (run.global_step, len(run.strategy.ledger), {k: float(v) for k, v in run.callback_metrics.items()})))
     (one, counts), (other, other_counts) = states
     assert counts == other_counts
-    assert one.keys() == other.keys()
-    for name, value in one.items():
-        assert torch.equal(value, other[name]), name
+    assert_same(one, other)
 
 
 def test_noise_is_what_the_plan_says_and_fresh_under_one_seed(tmp_path, monkeypatch, records):

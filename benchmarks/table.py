@@ -1,0 +1,292 @@
+"""The whole table: every method on both data sets under one accountant and one evaluation, beside the published numbers.
+
+    python benchmarks/table.py --scale cpu              # trains and evaluates what is missing; goes on where it stopped
+    python benchmarks/table.py --scale cpu --train      # trains only; --evaluate evaluates only, with --device cuda on a GPU
+    python benchmarks/table.py --scale cpu --cells PSG  # only cells whose name contains this
+    python benchmarks/table.py --scale cpu --render     # prints the tables
+
+Scales: ``cpu-small`` (scikit-learn's digits, no download, a few minutes in all: to see that everything runs), ``cpu`` (MNIST and
+FashionMNIST, about a quarter of an hour a cell on one thread), ``gpu-paper`` (the published loops; hours on a GPU). Results are kept in
+``benchmarks/results/table-SCALE.json``, releases in ``runs/table/SCALE``. Everything is fixed here, before a number is seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from filelock import FileLock, Timeout
+from lightning_dpgen.callbacks import Prior
+
+from lightning_dpgen import (
+    DPGAN,
+    DPMERF,
+    GSWGAN,
+    DigitsDataModule,
+    DPStrategy,
+    FashionMNISTDataModule,
+    MixturePPCA,
+    MNISTDataModule,
+    PrivateGenerator,
+    PrivateSetGeneration,
+    Relation,
+    SanitizedRelease,
+    load_release,
+    tstr,
+)
+
+SCALES = ("cpu-small", "cpu", "gpu-paper")
+DELTA, SEEDS, PRIOR_SHARE = 1e-5, (0, 1, 2), 0.3
+PROTOCOLS = {"quick": ("ConvNet32", "LeNet", "MLP", "LogReg"), "common": ("CNN", "MLP", "LogReg")}
+PUBLISHED = {  # ConvNet, (10, 1e-5), as printed by Chen, Kerkouche and Fritz (NeurIPS 2022)
+    "Real": (99.6, 93.5),
+    "DP-CGAN": (50.2, 50.2),
+    "GS-WGAN": (84.9, 54.7),
+    "DP-MERF": (85.7, 72.4),
+    "PSG 10": (94.9, 75.6),
+    "PSG 20": (95.6, 77.7),
+}
+METHODS = ("Real", "DP-CGAN", "DP-GAN", "GS-WGAN", "DP-MERF", "PSG 10", "PSG 20", "mixture", "set 10")
+AT_ONE = ("DP-MERF", "PSG 10", "mixture", "set 10")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one data set at one budget."""
+
+    scale: str
+    method: str
+    data: str
+    epsilon: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} {self.data} {self.epsilon:g}"
+
+    @property
+    def folder(self) -> Path:
+        return Path("runs/table") / self.scale / self.name.replace(" ", "_")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a cell is trained: the module, the loader's batch size, the trainer's steps (none for full passes), the clip norm."""
+
+    module: Callable[[], PrivateGenerator]
+    batch_size: int
+    steps: int | None
+    clip_norm: float | None = None
+
+
+def recipe(cell: Cell) -> Recipe:
+    """What trains a cell at its scale."""
+    small, paper = cell.scale == "cpu-small", cell.scale == "gpu-paper"
+    if cell.method == "DP-CGAN":
+        return Recipe(lambda: DPGAN("dp-cgan"), 600, 60 if small else 30_000 if paper else 12_000, clip_norm=1.1)
+    if cell.method == "DP-GAN":
+        if paper:
+            return Recipe(lambda: DPGAN(overrides={"discriminator_steps": 50}), 128, 450_000)
+        return Recipe(lambda: DPGAN(overrides=FAST_GAN), 128 if small else 256, 60 if small else 20_000)
+    if cell.method == "GS-WGAN":
+        if small:
+            return Recipe(lambda: GSWGAN(num_critics=20, critics_per_sample=4, batch_size=20, basis=8), 16, 20)
+        return Recipe(GSWGAN, 32, 20_000 if paper else 2_000)
+    if cell.method == "DP-MERF":
+        return Recipe(lambda: DPMERF(generator_steps=200 if small else 2_000), 1_000, None)
+    if cell.method == "mixture":
+        return Recipe(MixturePPCA, 4_096, None)
+    kind, images = cell.method.split()
+    if kind == "set":
+        return Recipe(lambda: PrivateSetGeneration(int(images), matching="features"), 256 if small else 8_192, 5 if small else 100)
+    if paper:
+        return Recipe(lambda: PrivateSetGeneration(int(images), preset="published"), 256, {"10": 100_000, "20": 200_000}[images])
+    return Recipe(lambda: PrivateSetGeneration(int(images)), 256 if small else 2_048, 5 if small else 120)
+
+
+FAST_GAN = {"discriminator": "mlp"}
+DATA = {"MNIST": MNISTDataModule, "FashionMNIST": FashionMNISTDataModule, "digits": DigitsDataModule}
+
+
+def data_module(cell: Cell, root: str, batch_size: int) -> Any:
+    return DigitsDataModule(batch_size=batch_size) if cell.data == "digits" else DATA[cell.data](root=root, batch_size=batch_size)
+
+
+def cells(scale: str) -> list[Cell]:
+    """Every cell of a scale, the cheap ones first."""
+    data = ("digits",) if scale == "cpu-small" else ("MNIST", "FashionMNIST")
+    found = [Cell(scale, method, one, 10.0) for method in METHODS for one in data]
+    return found + [Cell(scale, method, one, 1.0) for method in AT_ONE for one in data]
+
+
+def fit(cell: Cell, root: str, device: str, threads: int) -> None:
+    """Trains one cell in this process and writes its release and what it took."""
+    torch.set_num_threads(threads)
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    start, how, folder = time.perf_counter(), recipe(cell), cell.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    pl.seed_everything(0)
+
+    def trainer(epsilon: float, steps: int | None, **options: Any) -> pl.Trainer:
+        limits: dict[str, Any] = {} if steps is None else {"max_steps": steps, "max_epochs": -1}
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
+        strategy = DPStrategy(epsilon=epsilon, delta=DELTA, clip_norm=how.clip_norm if not options else None)
+        return pl.Trainer(strategy=strategy, accelerator=device, devices=1, default_root_dir=folder, **limits, **quiet, **options)
+
+    options: dict[str, Any] = {}
+    if cell.method.startswith("set"):
+        first = trainer(PRIOR_SHARE * cell.epsilon, None)
+        first.fit(MixturePPCA(), datamodule=data_module(cell, root, 4_096))
+        labels = torch.arange(first.lightning_module.num_classes).repeat_interleave(int(cell.method.split()[1]))
+        SanitizedRelease.from_trainer(first, labels).save(folder / "prior", overwrite=True)
+        options = {"callbacks": [Prior(str(folder / "prior"))]}
+    run, module = trainer(cell.epsilon, how.steps, **options), how.module()
+    run.fit(module, datamodule=data_module(cell, root, how.batch_size))
+    SanitizedRelease.from_trainer(run).save(folder / "release", overwrite=True)
+    facts = {
+        "epsilon": run.strategy.epsilon_spent(),
+        "replace_one": run.strategy.epsilon_spent(Relation.REPLACE_ONE),
+        "steps": run.global_step,
+        "noise_multiplier": run.strategy.noise_multiplier,
+        "train_seconds": time.perf_counter() - start,
+        "train_device": device,
+        "train_threads": threads,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+    }
+    (folder / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def train(cell: Cell, options: argparse.Namespace) -> bool:
+    """Trains a cell that is not, in a process of its own, so that its memory is its own; ``False`` if another process is at it."""
+    facts = cell.folder / "facts.json"
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(cell.folder / "training.lock", timeout=0):
+            if not facts.exists():
+                print(f"{cell.name}: training", flush=True)
+                again = [sys.executable, __file__, "--fit", "--scale", cell.scale, "--cells", cell.name, "--root", options.root]
+                subprocess.run([*again, "--device", options.device, "--threads", str(options.threads)], check=True)
+            keep(cell, json.loads(facts.read_text()))
+    except Timeout:
+        return False
+    return True
+
+
+def images_of(cell: Cell, root: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """What classifiers are trained on: the release's images, or the real training records."""
+    if cell.method == "Real":
+        data = data_module(cell, root, 256)
+        data.setup("fit")
+        images: tuple[torch.Tensor, torch.Tensor] = data.train_records.tensors()
+        return images
+    return load_release(cell.folder / "release").dataset().tensors()
+
+
+def evaluate(cell: Cell, root: str, device: str, seeds: tuple[int, ...], small: bool) -> None:
+    """Trains every classifier of both protocols that is missing; keeps each as it is done."""
+    synthetic, data = images_of(cell, root), data_module(cell, root, 256)
+    data.setup("test")
+    real = data.real_test()
+    for protocol, classifiers in PROTOCOLS.items():
+        for name in classifiers[-1:] if small else classifiers:
+            for seed in seeds:
+                key = f"{protocol} {name}"
+                if str(seed) in known(cell).get("evaluations", {}).get(key, {}):
+                    continue
+                table = tstr(synthetic, real, 10, protocol, [seed], [name], show_progress=False, device=device)
+                keep(cell, {}, (key, seed, round(table.mean(name), 2)))
+                print(f"{cell.name}: {key}, seed {seed}: {table.mean(name):.2f}", flush=True)
+
+
+def results_file(scale: str) -> Path:
+    return Path(__file__).parent / "results" / f"table-{scale}.json"
+
+
+def known(cell: Cell) -> dict[str, Any]:
+    path = results_file(cell.scale)
+    found: dict[str, Any] = json.loads(path.read_text()).get(cell.name, {}) if path.exists() else {}
+    return found
+
+
+def keep(cell: Cell, facts: dict[str, Any], evaluation: tuple[str, int, float] | None = None) -> None:
+    """Adds to the results, also while other processes do."""
+    path = results_file(cell.scale)
+    path.parent.mkdir(exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        results = json.loads(path.read_text()) if path.exists() else {}
+        entry = results.setdefault(cell.name, {})
+        entry.update(facts)
+        if evaluation is not None:
+            key, seed, value = evaluation
+            entry.setdefault("evaluations", {}).setdefault(key, {})[str(seed)] = value
+        path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+
+
+def mean(entry: dict[str, Any], key: str) -> str:
+    values = list(entry.get("evaluations", {}).get(key, {}).values())
+    if not values:
+        return "missing"
+    return f"{statistics.fmean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def render(scale: str) -> str:
+    """The tables in Markdown."""
+    text = []
+    for place, data in enumerate(dict.fromkeys(cell.data for cell in cells(scale))):
+        headings = ["method", "ε", "replace-one", *(f"{n} ({p})" for p, names in PROTOCOLS.items() for n in names), "published ConvNet"]
+        headings += ["train, s", "peak MiB"]
+        text += [f"\n### {data}\n", "| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
+        for cell in (one for one in cells(scale) if one.data == data):
+            entry = known(cell)
+            published = PUBLISHED.get(cell.method) if cell.epsilon == 10.0 and data != "digits" else None
+            row = [cell.method, *(f"{entry[key]:.3f}" if key in entry else "-" for key in ("epsilon", "replace_one"))]
+            row += [mean(entry, f"{p} {n}") for p, names in PROTOCOLS.items() for n in names]
+            row += [str(published[place]) if published else "-"]
+            row += [f"{entry[key]:.0f}" if key in entry else "-" for key in ("train_seconds", "peak_mib")]
+            text.append("| " + " | ".join(row) + " |")
+    return "\n".join(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=SCALES, default="cpu-small")
+    parser.add_argument("--cells", default="")
+    parser.add_argument("--root", default="data")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
+    parser.add_argument("--train", action="store_true")
+    parser.add_argument("--evaluate", action="store_true")
+    parser.add_argument("--render", action="store_true")
+    parser.add_argument("--fit", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.render:
+        print(render(options.scale))
+        return
+    if options.fit:
+        (cell,) = (one for one in cells(options.scale) if one.name == options.cells)
+        fit(cell, options.root, options.device, options.threads)
+        return
+    for cell in (one for one in cells(options.scale) if options.cells in one.name):
+        facts = cell.folder / "facts.json"
+        if cell.method != "Real" and not options.evaluate and not train(cell, options):
+            print(f"{cell.name}: in the hands of another process", flush=True)
+            continue
+        if not options.train and (cell.method == "Real" or facts.exists()):
+            torch.set_num_threads(options.threads)
+            evaluate(cell, options.root, options.device, tuple(options.seeds), options.scale == "cpu-small")
+
+
+if __name__ == "__main__":
+    main()

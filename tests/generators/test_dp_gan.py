@@ -1,0 +1,151 @@
+"""DP-GAN: the seven tests of what its discriminator releases, and that its generator sees nothing else."""
+
+from __future__ import annotations
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from helpers import assert_same, noised, trainer, unrelated_release
+from torch.nn.functional import softplus
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_dpgen import DPGAN, DPStrategy, SanitizedRelease, load_release
+from lightning_dpgen.privacy import GaussianMechanism, PoissonSampling
+from lightning_dpgen.privacy.clipping import tensors_of
+
+SHAPE = {"num_classes": 10, "image_shape": (1, 8, 8)}
+PRESETS = ["modern", "dp-cgan"]
+
+
+def gan(preset="modern", **overrides) -> DPGAN:
+    torch.manual_seed(0)
+    return DPGAN(preset, {"discriminator_steps": 3, "generator_batch": 8, **overrides}, **SHAPE)
+
+
+def fitted(folder, records, module, batch_size=16, strategy=None, ckpt_path=None, **options):
+    run = trainer(folder, strategy or DPStrategy(noise_multiplier=1.0), **{"max_steps": 7, "max_epochs": -1, **options})
+    run.fit(module, DataLoader(records, batch_size=batch_size), ckpt_path=ckpt_path)
+    return run
+
+
+class Fixed:
+    """In place of random numbers: every fake is the same one, so that a loop over records can draw it too."""
+
+    def __init__(self, monkeypatch):
+        def images(module, count):
+            labels = torch.full((count,), 3)
+            return module.generator(torch.ones(count, module.schedule.latent_dim), labels), labels
+
+        monkeypatch.setattr(DPGAN, "_images", images)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("grad_sample", ["hooks", "ghost"])
+def test_a_record_and_its_fake_are_clipped_as_one(tmp_path, monkeypatch, digit_records, preset, grad_sample):
+    Fixed(monkeypatch)
+    sums = []
+    release = GaussianMechanism.release
+
+    def spy(mechanism, name, contribution):
+        sums.append({key: value.clone() for key, value in tensors_of(contribution).items()})
+        return release(mechanism, name, contribution)
+
+    monkeypatch.setattr(GaussianMechanism, "release", spy)
+    module, clip = gan(preset), 0.05
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    strategy = DPStrategy(noise_multiplier=0.0, clip_norm=clip, grad_sample=grad_sample)
+    fitted(tmp_path, digit_records, module, len(digit_records), strategy, max_steps=1)
+    oracle = gan(preset)
+    oracle.load_state_dict(before)
+    expected = {name: torch.zeros_like(value) for name, value in oracle.discriminator.named_parameters()}
+    for image, label in digit_records:
+        oracle.discriminator.zero_grad()
+        fake, of_class = oracle._images(1)
+        loss = softplus(-oracle.discriminator(image[None], label[None])) + softplus(oracle.discriminator(fake.detach(), of_class))
+        loss.sum().backward()
+        norm = torch.stack([value.grad.norm() for value in oracle.discriminator.parameters()]).norm()
+        for name, value in oracle.discriminator.named_parameters():
+            expected[name] += value.grad * min(1.0, clip / float(norm))
+    for name, value in expected.items():
+        torch.testing.assert_close(sums[0][f"discriminator.{name}"].float(), value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_non_interference(tmp_path, monkeypatch, digits, preset):
+    monkeypatch.setattr(GaussianMechanism, "release", unrelated_release())
+    states = []
+    for number, other in enumerate(
+        (TensorDataset(digits[0][:60], digits[1][:60]), TensorDataset(torch.rand(60, 1, 8, 8), torch.zeros(60, dtype=torch.int64)))
+    ):
+        module = gan(preset)
+        optimizers = []
+        keep = pl.callbacks.LambdaCallback(
+            on_train_end=lambda run, _, kept=optimizers: kept.extend(
+                value.clone() for one in run.optimizers for state in one.state_dict()["state"].values() for value in state.values()
+            )
+        )
+        run = fitted(tmp_path / str(number), other, module, 5, callbacks=[keep])
+        state = {**module.state_dict(), "stream": torch.get_rng_state(), "steps": torch.tensor([run.global_step, len(run.strategy.ledger)])}
+        states.append({**state, **{f"optimizer {index}": value for index, value in enumerate(optimizers)}})
+        assert not run.callback_metrics.keys() - {"privacy/epsilon"}
+    assert_same(*states)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_one_step_is_one_release_and_the_generator_moves_between_lots(tmp_path, digit_records, preset):
+    module = gan(preset)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    moved = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            moved.append(any(not torch.equal(v, before[f"generator.{n}"]) for n, v in module.generator.state_dict().items()))
+
+    run = fitted(tmp_path, digit_records, module, strategy=DPStrategy(epsilon=10.0), callbacks=[Watch()])
+    assert run.strategy.plan.sampling == PoissonSampling(64, 16)
+    assert run.global_step == len(run.strategy.ledger) == 7
+    assert run.strategy.ledger.event() == run.strategy.plan.event(run.strategy.noise_multiplier)
+    assert moved[-1]
+    assert not moved[1]  # callbacks come before the module's own hook: two lots, no step yet
+    for name, value in module.discriminator.state_dict().items():
+        assert noised(before[f"discriminator.{name}"], value)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_lots_that_are_empty_or_of_nans_are_released(tmp_path, preset):
+    for images, lot in ((torch.full((16, 1, 8, 8), float("nan")), 16), (torch.rand(3, 1, 8, 8), 1)):
+        module = gan(preset)
+        run = fitted(tmp_path, TensorDataset(images, torch.zeros(len(images), dtype=torch.int64)), module, lot, max_steps=12)
+        assert len(run.strategy.ledger) == 12
+        assert all(value.isfinite().all() for value in module.state_dict().values())
+
+
+def test_a_resumed_run_goes_on(tmp_path, digit_records):
+    whole = gan()
+    run = fitted(tmp_path, digit_records, whole, max_steps=4)
+    run.save_checkpoint(tmp_path / "four.ckpt")
+    again = gan()
+    resumed = fitted(tmp_path, digit_records, again, max_steps=7, ckpt_path=tmp_path / "four.ckpt")
+    assert resumed.global_step == len(resumed.strategy.ledger) == 7
+
+
+def test_its_release_holds_the_average_and_nothing_of_the_discriminator(tmp_path, digit_records):
+    module = gan()
+    run = fitted(tmp_path, digit_records, module, strategy=DPStrategy(epsilon=10.0))
+    SanitizedRelease.from_trainer(run, torch.arange(10)).save(tmp_path / "release")
+    loaded = load_release(tmp_path / "release")
+    assert loaded.parameters.keys() == module.average.state_dict().keys()
+    again = gan()
+    again.load_public_state(loaded.parameters)
+    images = [one.sample(torch.arange(10), torch.Generator().manual_seed(1)) for one in (module, again)]
+    torch.testing.assert_close(*images)
+    assert loaded.certificate["knobs"]["discriminator_steps"] == {"value": 3, "origin": "set by the user"}
+
+
+def test_arguments_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="overrides"):
+        DPGAN(overrides={"speed": 1})
+    with pytest.raises(ValueError, match="without buffers|'plain', 'mlp'"):
+        DPGAN(overrides={"generator": "dcgan"})
+    with pytest.raises(ValueError, match="preset"):
+        DPGAN("original")

@@ -1,4 +1,4 @@
-"""``dpgen``: fit, test, generate, evaluate, calibrate, verify."""
+"""``dpgen``: fit, test, generate, evaluate, feature_network, calibrate, verify."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ Synthetic images under differential privacy.
   test       test a trained classifier: dpgen test --config examples/configs/dpsgd_mnist.yaml --ckpt_path …
   evaluate   train classifiers on a release, test them on real records: dpgen evaluate release --data FashionMNIST
   generate   write a release's generator's images in another number or form: dpgen generate release images --per_class 100
+  feature_network  train the network in whose features evaluate compares images: dpgen feature_network features.safetensors --data MNIST
   calibrate  epsilon, noise and steps as a table, without data: dpgen calibrate --records 60000 --batch_size 256 --steps 1000
   verify     check a release against its certificate: dpgen verify release
 
@@ -32,6 +33,7 @@ dpgen COMMAND --help lists a command's arguments; each may come from a YAML file
 COMMANDS: dict[str, Callable[..., Any]] = {
     "evaluate": commands.evaluate,
     "generate": commands.generate,
+    "feature_network": commands.feature_network,
     "calibrate": commands.calibrate,
     "verify": commands.verify,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -14,9 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_dpgen import generators
-from lightning_dpgen._validate import fail, positive_int
+from lightning_dpgen._validate import fail, one_of, positive_int
 from lightning_dpgen.data import DigitsDataModule, FashionMNISTDataModule, MNISTDataModule
 from lightning_dpgen.data.base import PrivateDataModule
+from lightning_dpgen.evaluation.classic import CLASSIC_PROTOCOL, classic
+from lightning_dpgen.evaluation.fidelity import fidelity, load_feature_network, save_feature_network, train_feature_network
+from lightning_dpgen.evaluation.picture import draw_tables
+from lightning_dpgen.evaluation.protocols import PROTOCOLS
 from lightning_dpgen.evaluation.tstr import print_table, tstr
 from lightning_dpgen.generators.mixture_ppca import CLUSTER_SUMS, mixture_plan, mixture_size
 from lightning_dpgen.privacy.accounting import calibrate_noise_multiplier, epsilon
@@ -149,8 +154,9 @@ def evaluate(
     release: str,
     data: Literal["MNIST", "FashionMNIST", "digits"],
     root: str = "data",
-    protocol: str = "quick",
+    protocol: list[str] | str = "quick",
     seeds: int = 3,
+    feature_network: str | None = None,
     output: str | None = None,
 ) -> None:
     """Trains classifiers on a release and tests them on real test records (outside the guarantee).
@@ -159,26 +165,82 @@ def evaluate(
         release: The release folder.
         data: Which real test records: MNIST, FashionMNIST or digits. For your own images use the callback TSTREvaluation.
         root: Their folder.
-        protocol: quick, common or published.
+        protocol: quick, common, published or classic (scikit-learn's), or several: [quick,classic].
         seeds: Trainings of each classifier.
-        output: Folder for the table as JSON and CSV; <release>-evaluation if not given.
+        feature_network: File that dpgen feature_network wrote; adds Fréchet distance, Inception score, precision and recall.
+        output: Folder for tables (JSON, CSV) and picture; <release>-evaluation if not given.
     """
+    protocols = protocol if isinstance(protocol, list) else [protocol]
+    for name in protocols:
+        one_of("protocol", name, (*PROTOCOLS, CLASSIC_PROTOCOL))
+    network = None if feature_network is None else load_feature_network(feature_network)
     loaded = load_release(release)
-    module = DATA[data]() if data == "digits" else DATA[data](root=root)  # type: ignore[call-arg]
+    module = _data_module(data, root)
     names = loaded.class_names
     if len(names) != module.num_classes:
         raise ValueError(f"{release} has {len(names)} classes, {data} has {module.num_classes}: it is not a release of {data}.")
-    table = tstr(loaded.dataset().tensors(), module.real_test(), len(names), protocol, range(positive_int("seeds", seeds)))
-    print_table(table)
     folder = Path(output or f"{str(release).rstrip('/')}-evaluation")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"tstr-{protocol}.json").write_text(json.dumps(table.to_dict(), indent=2) + "\n", encoding="utf-8")
-    with open(folder / f"tstr-{protocol}.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["classifier", "mean", "std", "seeds", *names])
-        for name in table.accuracy:
-            writer.writerow([name, table.mean(name), table.std(name), seeds, *table.per_class[name]])
+    synthetic, real, trainings = loaded.dataset().tensors(), module.real_test(), range(positive_int("seeds", seeds))
+    if network is not None:
+        found = fidelity(synthetic[0], real[0], network)
+        _print_fidelity(found)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "fidelity.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    tables = []
+    for name in protocols:
+        run = classic if name == CLASSIC_PROTOCOL else partial(tstr, protocol=name)
+        table = run(synthetic, real, len(names), seeds=trainings)
+        print_table(table)
+        tables.append(table)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"tstr-{name}.json").write_text(json.dumps(table.to_dict(), indent=2) + "\n", encoding="utf-8")
+        with open(folder / f"tstr-{name}.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["classifier", "mean", "std", "seeds", *names])
+            for one in table.accuracy:
+                writer.writerow([one, table.mean(one), table.std(one), seeds, *table.per_class[one]])
+    draw_tables(tables, names, folder / "tstr.png")
     Console().print(f"Written: {folder}", highlight=False, soft_wrap=True)
+
+
+def feature_network(
+    data: Literal["MNIST", "FashionMNIST", "digits"], output: str, root: str = "data", updates: int = 1500, seed: int = 0
+) -> None:
+    """Trains the small network in whose features evaluate compares images, on real training records (not private; for evaluation).
+
+    Args:
+        data: MNIST, FashionMNIST or digits.
+        output: A new .safetensors file.
+        root: The records' folder.
+        updates: Steps of Adam on 128 images.
+        seed: Of weights and batches.
+    """
+    if Path(output).exists():
+        raise FileExistsError(f"{output} exists; give another path.")
+    module = _data_module(data, root)
+    module.setup("fit")
+    assert module.train_records is not None
+    images, labels = module.train_records.tensors()
+    network = train_feature_network(images, labels, module.num_classes, positive_int("updates", updates), seed)
+    save_feature_network(network, output)
+    test_images, test_labels = module.real_test()
+    with torch.no_grad():
+        right = torch.cat([network.logits(part).argmax(1) for part in test_images.split(500)]) == test_labels
+    Console().print(
+        f"Written: {output}; it classifies {100 * float(right.double().mean()):.2f} % of the real test records.", soft_wrap=True
+    )
+
+
+def _data_module(data: str, root: str) -> PrivateDataModule:
+    return DATA[data]() if data == "digits" else DATA[data](root=root)  # type: ignore[call-arg]
+
+
+def _print_fidelity(found: dict[str, float]) -> None:
+    table = Table(title="Synthetic beside real test images, in learned features")
+    for name in found:
+        table.add_column(name.replace("_", " "), justify="right")
+    table.add_row(*(f"{value:.3f}" for value in found.values()))
+    Console().print(table)
 
 
 def generate(release: str, output: str, per_class: int = 100, seed: int = 0, format: Literal["npz", "imagefolder"] = "imagefolder") -> None:

@@ -159,6 +159,21 @@ def test_generate_and_evaluate(place, capsys):
     assert "is missing" in capsys.readouterr().err
 
 
+def test_evaluate_with_fidelity_and_classic_classifiers(place, capsys):
+    assert main(digits(place, *WRITER)) == 0
+    assert main(["feature_network", "features.safetensors", "--data", "digits", "--updates", "20"]) == 0
+    assert main(["feature_network", "features.safetensors", "--data", "digits"]) == 1
+    extras = ["--protocol", "[classic]", "--seeds=1", "--feature_network", "features.safetensors"]
+    assert main(["evaluate", "release", "--data=digits", *extras]) == 0
+    folder = place / "release-evaluation"
+    assert set(json.loads((folder / "fidelity.json").read_text())) == {"fid", "inception_score", "precision", "recall"}
+    assert "LDA" in json.loads((folder / "tstr-classic.json").read_text())["classifiers"]
+    assert Image.open(folder / "tstr.png").width > 500
+    capsys.readouterr()
+    assert main(["evaluate", "release", "--data=digits", "--protocol=fast"]) == 1
+    assert "'quick', 'common', 'classic'" in capsys.readouterr().err.replace("'published', ", "")
+
+
 def test_calibrate_prints_a_table_without_data(place, capsys):
     assert main(["calibrate", "--records=60000", "--batch_size=4096", "--steps=[60]", "--epsilon=[10.0]"]) == 0
     table = capsys.readouterr().out

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lightning_dpgen.evaluation.tstr import TSTRTable
 
+CLASSIC_PROTOCOL = "classic"
 CLASSIC: dict[str, Callable[[int], Any]] = {
     "LogisticRegression": lambda seed: LogisticRegression(max_iter=200, random_state=seed),
     "RandomForest": lambda seed: RandomForestClassifier(n_estimators=100, random_state=seed),
@@ -69,7 +70,7 @@ def classic(
         raise ValueError(f"synthetic images are {tuple(synthetic[0].shape[1:])}, real ones {tuple(real_test[0].shape[1:])}.")
     images, labels = _arrays(synthetic)
     test_images, test_labels = _arrays(real_test)
-    table = TSTRTable("classic", len(images))
+    table = TSTRTable(CLASSIC_PROTOCOL, len(images))
     for name in track(names, "Classifiers", transient=True, disable=not show_progress):
         table.accuracy[name], by_class = [], []
         for seed in seeds:

@@ -91,7 +91,8 @@ def load_feature_network(path: str | Path) -> FeatureNetwork:
         with safe_open(str(path), "pt") as file:
             classes, *shape = map(int, file.metadata()["classes_and_shape"].split(","))
             network = FeatureNetwork(classes, (shape[0], shape[1], shape[2]))
-            network.load_state_dict({name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (a file is not a dict))
+            names = file.keys()
+            network.load_state_dict({name: file.get_tensor(name) for name in names})
     except Exception as error:
         raise ValueError(f"{path} is no feature network ({error}). Write one with dpgen feature_network.") from error
     return network.eval()
@@ -123,17 +124,12 @@ def fidelity(synthetic: Tensor, real: Tensor, network: FeatureNetwork, neighbour
         if len(images) <= neighbours:
             raise fail(f"the number of {name}", len(images), f"more than {neighbours}")
         chosen.append(images[torch.linspace(0, len(images) - 1, min(limit, len(images))).long()].to(device))
-    distance = FrechetInceptionDistance(network, normalize=True, input_img_size=network.image_shape).set_dtype(torch.float64).to(device)
-    score = InceptionScore(_Logits(network), splits=min(10, len(chosen[0]) // 10 or 1)).to(device)
-    features = []
-    for is_real, images in zip((False, True), chosen, strict=True):
-        parts = []
-        for part in images.split(500):
-            distance.update(part, real=is_real)
-            if not is_real:
-                score.update(part)
-            parts.append(network(part))
-        features.append(torch.cat(parts))
+    features = [torch.cat([network(part) for part in images.split(500)]) for images in chosen]
+    distance = FrechetInceptionDistance(_AsTheyAre(network.num_features)).to(device)
+    for found, is_real in zip(features, (False, True), strict=True):
+        distance.update(found, real=is_real)
+    score = InceptionScore(_AsTheyAre(network.num_classes), splits=min(10, len(features[0]) // 10 or 1)).to(device)
+    score.update(network.head(features[0]))
     precision, recall = precision_recall(features[0], features[1], neighbours)
     with torch.random.fork_rng():
         torch.manual_seed(0)  # the score shuffles the images before it splits them
@@ -160,12 +156,12 @@ def _reached(points: Tensor, centers: Tensor, neighbours: int) -> float:
     return float(torch.cat([(torch.cdist(part, centers) <= radii).any(1) for part in points.split(500)]).double().mean())
 
 
-class _Logits(nn.Module):
-    """What torchmetrics' Inception score asks of a network."""
+class _AsTheyAre(nn.Module):
+    """In place of a network of torchmetrics' own: features and logits are made here, once."""
 
-    def __init__(self, network: FeatureNetwork) -> None:
+    def __init__(self, num_features: int) -> None:
         super().__init__()
-        self.network = network
+        self.num_features = num_features
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.network.logits(images)
+    def forward(self, features: Tensor) -> Tensor:
+        return features

@@ -82,6 +82,9 @@ PRESETS = {
     ),
 }
 
+POOL = 1000
+"""Generated images from which records' partners are drawn until the generator has changed."""
+
 
 class DPGAN(PrivateGenerator):
     """A conditional GAN whose discriminator alone sees records, by DP-SGD; the strategy clips, sums and noises.
@@ -98,9 +101,9 @@ class DPGAN(PrivateGenerator):
     Privacy:
         Relation: zero-out (replace-one beside it). Sampling: Poisson, q = batch_size / N. Released: once a trainer step, the sum
         of the lot's clipped gradients of the discriminator, sensitivity C, with noise N(0, (zC)²) on every number; the divisor is
-        the expected lot size. One record's gradient is that of its own loss and of the loss of *one* generated image drawn
-        beside it, from the generator as it is, with a label uniform over the declared classes: the pair is clipped as one, and
-        both depend on the record alone and on fresh randomness. The generator has no buffers and learns from latent numbers,
+        the expected lot size. One record's gradient is that of its own loss and of the loss of *one* generated image beside it,
+        drawn for it alone from a public pool that the generator made of uniform labels: the pair is clipped as one, and depends
+        on the record and on fresh randomness alone. The generator has no buffers and learns from latent numbers,
         uniform labels and the released discriminator: post-processing, as is its average.
 
     Raises:
@@ -148,14 +151,17 @@ class DPGAN(PrivateGenerator):
             batch: Images ``[B, C, H, W]`` in [0, 1] and labels ``[B]`` of a Poisson lot.
             batch_idx: Not used.
         """
-        real, labels = batch
         optimizer = self._optimizers()[0]
-        with torch.no_grad():
-            fake, of_class = self._images(len(real))
-        losses = softplus(-self.discriminator(real, labels)) + softplus(self.discriminator(fake, of_class))
+        chosen = torch.randint(len(self._pool[1]), (len(batch[0]),), device=self.device)
+        of_real, of_fake = self.discriminator.pairs((batch[0], batch[1]), (self._pool[0][chosen], self._pool[1][chosen]))
+        losses = softplus(-of_real) + softplus(of_fake)
         optimizer.zero_grad()
         self.manual_backward(losses.mean())
         optimizer.step()
+
+    def on_train_start(self) -> None:
+        """Makes images for the first lots."""
+        self._fill_pool()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Between lots: where it is due, a step of the generator against the released discriminator."""
@@ -170,6 +176,11 @@ class DPGAN(PrivateGenerator):
             with torch.no_grad():
                 for mean, now in zip(self.average.parameters(), self.generator.parameters(), strict=True):
                     mean.lerp_(now, 1 - self.schedule.average)
+            self._fill_pool()
+
+    @torch.no_grad()
+    def _fill_pool(self) -> None:
+        self._pool = self._images(POOL)
 
     def _optimizers(self) -> list[Any]:
         return cast("list[Any]", self.optimizers())

@@ -7,7 +7,6 @@ alone, and made of ordinary layers, whose per-record gradients every engine know
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 
@@ -100,44 +99,44 @@ class ConvCritic(_Critic):
 
 
 class _Discriminator(nn.Module):
-    """An image with its class beside it, to one number: layers that every per-record engine knows, no parameter of its own."""
+    """A number for each class, of which the image's own counts: layers that every per-record engine knows, no parameter of its own."""
 
-    def __init__(self, body: nn.Module, num_classes: int) -> None:
+    def __init__(self, body: nn.Module) -> None:
         super().__init__()
-        self.body, self.num_classes = body, num_classes
-
-    def beside(self, images: Tensor, classes: Tensor) -> Tensor:
-        """Joins images ``[N, C, H, W]`` and one-hot classes ``[N, num_classes]``."""
-        raise NotImplementedError
+        self.body = body
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         """``[N, C, H, W]`` in [0, 1] and ``[N]`` to ``[N]``."""
-        found: Tensor = self.body(self.beside(2 * images - 1, F.one_hot(labels, self.num_classes).to(images.dtype)))
-        return found[:, 0]
+        scores: Tensor = self.body(2 * images - 1)
+        return scores.gather(-1, labels[..., None])[..., 0]
+
+    def pairs(self, one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """What :meth:`forward` says of each record's two images, ``one`` and ``other``."""
+        return self(*one), self(*other)
 
 
 class MLPDiscriminator(_Discriminator):
-    """Pixels and class → ``widths`` → 1, LeakyReLU between.
+    """Pixels → 128 → a number for each class.
 
     Args:
         num_classes: Number of classes.
         image_shape: ``(C, H, W)``.
-        widths: Numbers between.
+        width: Numbers between.
     """
 
-    def __init__(self, num_classes: int, image_shape: ImageShape, widths: tuple[int, ...] = (128,)) -> None:
-        layers: list[nn.Module] = []
-        for inside, outside in itertools.pairwise((math.prod(image_shape) + num_classes, *widths)):
-            layers += [nn.Linear(inside, outside), nn.LeakyReLU(0.2)]
-        super().__init__(nn.Sequential(*layers, nn.Linear(widths[-1], 1)), num_classes)
+    def __init__(self, num_classes: int, image_shape: ImageShape, width: int = 128) -> None:
+        layers = [nn.Linear(math.prod(image_shape), width), nn.LeakyReLU(0.2), nn.Linear(width, num_classes)]
+        super().__init__(nn.Sequential(nn.Flatten(-3), *layers))
 
-    def beside(self, images: Tensor, classes: Tensor) -> Tensor:
-        """Pixels, then classes."""
-        return torch.cat([images.flatten(1), classes], 1)
+    def pairs(self, one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """In one pass, ``[B, 2, …]``, in which a record's gradient needs no second look at the layers."""
+        images, labels = (torch.stack(both, 1) for both in zip(one, other, strict=True))
+        found = self(images, labels)
+        return found[:, 0], found[:, 1]
 
 
 class ConvDiscriminator(_Discriminator):
-    """Two strided 4 × 4 convolutions and a linear layer; the class as constant channels. No normalisation.
+    """Two strided 4 × 4 convolutions and a linear layer, no normalisation.
 
     Args:
         num_classes: Number of classes.
@@ -147,22 +146,18 @@ class ConvDiscriminator(_Discriminator):
 
     def __init__(self, num_classes: int, image_shape: ImageShape, width: int = 32) -> None:
         places = math.prod(side // 2 // 2 for side in image_shape[1:])
-        body = nn.Sequential(
-            nn.Conv2d(image_shape[0] + num_classes, width, 4, stride=2, padding=1),
+        layers = [
+            nn.Conv2d(image_shape[0], width, 4, stride=2, padding=1),
             nn.LeakyReLU(0.2),
             nn.Conv2d(width, 2 * width, 4, stride=2, padding=1),
             nn.LeakyReLU(0.2),
             nn.Flatten(),
-            nn.Linear(2 * width * places, 1),
-        )
-        super().__init__(body, num_classes)
-
-    def beside(self, images: Tensor, classes: Tensor) -> Tensor:
-        """Channels, then a channel for each class."""
-        return torch.cat([images, classes[:, :, None, None].expand(-1, -1, *images.shape[2:])], 1)
+            nn.Linear(2 * width * places, num_classes),
+        ]
+        super().__init__(nn.Sequential(*layers))
 
 
-DISCRIMINATORS: dict[str, Callable[[int, ImageShape], nn.Module]] = {"mlp": MLPDiscriminator, "conv": ConvDiscriminator}
+DISCRIMINATORS: dict[str, Callable[[int, ImageShape], _Discriminator]] = {"mlp": MLPDiscriminator, "conv": ConvDiscriminator}
 """By name, called with (number of classes, image shape)."""
 
 CRITICS: dict[str, Callable[[int, ImageShape], nn.Module]] = {"mlp": MLPCritic, "dcgan": ConvCritic}

@@ -94,11 +94,11 @@ def recipe(cell: Cell) -> Recipe:
     """What trains a cell at its scale."""
     small, paper = cell.scale == "cpu-small", cell.scale == "gpu-paper"
     if cell.method == "DP-CGAN":
-        return Recipe(lambda: DPGAN("dp-cgan"), 600, 60 if small else 30_000 if paper else 12_000, clip_norm=1.1)
+        return Recipe(lambda: DPGAN("dp-cgan"), 600, 60 if small else 30_000 if paper else 4_000, clip_norm=1.1)
     if cell.method == "DP-GAN":
         if paper:
-            return Recipe(lambda: DPGAN(overrides={"discriminator_steps": 50}), 128, 450_000)
-        return Recipe(lambda: DPGAN(overrides=FAST_GAN), 128 if small else 256, 60 if small else 20_000)
+            return Recipe(lambda: DPGAN(overrides={"generator": "plain", "discriminator": "conv", "discriminator_steps": 50}), 128, 450_000)
+        return Recipe(DPGAN, 128 if small else 256, 60 if small else 10_000)
     if cell.method == "GS-WGAN":
         if small:
             return Recipe(lambda: GSWGAN(num_critics=20, critics_per_sample=4, batch_size=20, basis=8), 16, 20)
@@ -115,7 +115,6 @@ def recipe(cell: Cell) -> Recipe:
     return Recipe(lambda: PrivateSetGeneration(int(images)), 256 if small else 2_048, 5 if small else 120)
 
 
-FAST_GAN = {"discriminator": "mlp"}
 DATA = {"MNIST": MNISTDataModule, "FashionMNIST": FashionMNISTDataModule, "digits": DigitsDataModule}
 
 
@@ -141,7 +140,8 @@ def fit(cell: Cell, root: str, device: str, threads: int) -> None:
     def trainer(epsilon: float, steps: int | None, **options: Any) -> pl.Trainer:
         limits: dict[str, Any] = {} if steps is None else {"max_steps": steps, "max_epochs": -1}
         quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
-        strategy = DPStrategy(epsilon=epsilon, delta=DELTA, clip_norm=how.clip_norm if not options else None)
+        engine = {"grad_sample": "ghost", "clip_norm": how.clip_norm} if cell.method in ("DP-CGAN", "DP-GAN") else {}
+        strategy = DPStrategy(epsilon=epsilon, delta=DELTA, **engine)
         return pl.Trainer(strategy=strategy, accelerator=device, devices=1, default_root_dir=folder, **limits, **quiet, **options)
 
     options: dict[str, Any] = {}

@@ -34,7 +34,7 @@ class DPMERF(FullPassGenerator):
 
     Args:
         num_frequencies: n, random frequencies ω ~ N(0, I / s), s = C·H·W / 7; an image has 2n features.
-        generator: ``"small"``, ``"dcgan"`` or ``"resnet"``.
+        generator: ``"tiny"`` (the paper's), or another name in :data:`.nn.generators.GENERATORS`.
         latent_dim: Latent numbers.
         generator_steps: Steps of the generator's training.
         images_per_class: Generated images of each class in a step.
@@ -60,7 +60,7 @@ class DPMERF(FullPassGenerator):
     def __init__(
         self,
         num_frequencies: int = 5000,
-        generator: str = "small",
+        generator: str = "tiny",
         latent_dim: int = 5,
         generator_steps: int = 2000,
         images_per_class: int = 20,
@@ -97,14 +97,19 @@ class DPMERF(FullPassGenerator):
         release = Release(EMBEDDING, cell_sums_norm(1.0), 1, replace_one_factor=CELL_SUMS_REPLACED)
         return PrivacyPlan(FullPass(records), (release,))
 
+    def on_train_start(self) -> None:
+        """Draws the frequencies, before a record is read."""
+        super().on_train_start()
+        self._waves = self._frequencies()
+
     @property
     def is_fitted(self) -> bool:
         """Whether the embedding was released."""
         return self.embedding.numel() > 0
 
     def statistic(self, name: str, images: Tensor, labels: Tensor) -> ClippedSum:
-        """The classes' sums of features, and counts."""
-        return cell_sums(self.features(images, self._frequencies().double()), labels, self.num_classes, 1.0)
+        """The classes' sums of features, and counts; features in float32, norms and sums in float64."""
+        return cell_sums(self.features(images.float(), self._waves), labels, self.num_classes, 1.0)
 
     def learn(self, name: str, released: dict[str, Tensor]) -> None:
         """Keeps the classes' mean features and trains the generator."""
@@ -194,7 +199,7 @@ class DPMERF(FullPassGenerator):
 
     def knobs(self) -> dict[str, dict[str, Any]]:
         """The arguments, each with its origin."""
-        defaults = {"num_frequencies": 5000, "generator": "small", "latent_dim": 5, "generator_steps": 2000}
+        defaults = {"num_frequencies": 5000, "generator": "tiny", "latent_dim": 5, "generator_steps": 2000}
         defaults |= {"images_per_class": 20, "frequencies_per_step": 1000, "lr": 0.01}
         found = {
             name: {"value": self.hparams[name], "origin": TUNED if self.hparams[name] == value else "set by the user"}

@@ -135,6 +135,25 @@ class MLPDiscriminator(_Discriminator):
         return found[:, 0], found[:, 1]
 
 
+class JoinedDiscriminator(MLPDiscriminator):
+    """Pixels and class → 128 → 1: DP-CGAN's.
+
+    Args:
+        num_classes: Number of classes.
+        image_shape: ``(C, H, W)``.
+    """
+
+    def __init__(self, num_classes: int, image_shape: ImageShape) -> None:
+        super().__init__(1, (math.prod(image_shape) + num_classes, 1, 1))
+        self.num_classes = num_classes
+
+    def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """``[N, C, H, W]`` in [0, 1] and ``[N]`` to ``[N]``."""
+        joined = torch.cat([(2 * images - 1).flatten(-3), F.one_hot(labels, self.num_classes).to(images.dtype)], -1)
+        score: Tensor = self.body(joined[..., None, None])
+        return score[..., 0]
+
+
 class ConvDiscriminator(_Discriminator):
     """Two strided 4 × 4 convolutions and a linear layer, no normalisation.
 
@@ -157,7 +176,11 @@ class ConvDiscriminator(_Discriminator):
         super().__init__(nn.Sequential(*layers))
 
 
-DISCRIMINATORS: dict[str, Callable[[int, ImageShape], _Discriminator]] = {"mlp": MLPDiscriminator, "conv": ConvDiscriminator}
+DISCRIMINATORS: dict[str, Callable[[int, ImageShape], _Discriminator]] = {
+    "mlp": MLPDiscriminator,
+    "joined": JoinedDiscriminator,
+    "conv": ConvDiscriminator,
+}
 """By name, called with (number of classes, image shape)."""
 
 CRITICS: dict[str, Callable[[int, ImageShape], nn.Module]] = {"mlp": MLPCritic, "dcgan": ConvCritic}

@@ -2,14 +2,25 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lightning_dpgen.nn.critics import CRITICS, UnfoldedConv, largest_singular_value
+from lightning_dpgen.nn.critics import CRITICS, DISCRIMINATORS, UnfoldedConv, largest_singular_value
 
 
-@pytest.mark.parametrize("name", CRITICS)
+@pytest.mark.parametrize("name", DISCRIMINATORS)
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 9, 14)])
+def test_a_discriminator_says_of_a_pair_what_it_says_of_each(name, shape):
+    torch.manual_seed(0)
+    network = DISCRIMINATORS[name](4, shape)
+    one, other = ((torch.rand(5, *shape), torch.randint(4, (5,))) for _ in range(2))
+    for found, alone in zip(network.pairs(one, other), (network(*one), network(*other)), strict=True):
+        assert found.shape == (5,)
+        torch.testing.assert_close(found, alone)
+
+
+@pytest.mark.parametrize("name", [*(f"critic {key}" for key in CRITICS), *DISCRIMINATORS])
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 9, 14)])
 def test_critics_give_a_number_for_image_and_class(name, shape):
     torch.manual_seed(0)
-    network = CRITICS[name](4, shape)
+    network = {**DISCRIMINATORS, **{f"critic {key}": make for key, make in CRITICS.items()}}[name](4, shape)
     images = torch.rand(3, *shape)
     scores = network(images, torch.tensor([0, 1, 2]))
     assert scores.shape == (3,)

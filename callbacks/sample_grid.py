@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
+from lightning_dpgen.callbacks._every import LooksAtGenerator
 
 from lightning_dpgen._compat import pl
 from lightning_dpgen._validate import positive_int
@@ -19,7 +19,7 @@ COLLAPSED = 0.02
 """Mean deviation of a pixel over samples, of 1, below which a class has one image only."""
 
 
-class SampleGrid(pl.Callback):
+class SampleGrid(LooksAtGenerator):
     """Writes a PNG with a row of samples for each class and their diversity beside it; warns of classes that look alike.
 
     Diversity is the deviation of a pixel over the samples of a class, averaged over pixels: 0 for one image, 0.09 to 0.27 for
@@ -35,24 +35,13 @@ class SampleGrid(pl.Callback):
     """
 
     def __init__(self, every_n_steps: int | None = None, per_class: int = 10, folder: str | None = None) -> None:
-        self.every_n_steps = None if every_n_steps is None else positive_int("every_n_steps", every_n_steps)
+        super().__init__(every_n_steps)
         self.per_class = positive_int("per_class", per_class)
         self.folder = folder
-        self._seen = 0
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Waits for the next step."""
-        self._seen = trainer.global_step
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        """Draws every so many steps."""
-        if self.every_n_steps and trainer.global_step > self._seen and trainer.global_step % self.every_n_steps == 0:
-            self._seen = trainer.global_step  # a pass over all records is many batches and one step
-            self._draw(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draws the last state and says where the samples are too much alike."""
-        images, diversity = self._draw(trainer, pl_module)
+        images, diversity = self.look(trainer, pl_module)
         alike = [label for label, value in enumerate(diversity) if value < COLLAPSED]
         spread = float(images.std(0).mean())
         if alike or spread < COLLAPSED:
@@ -63,7 +52,7 @@ class SampleGrid(pl.Callback):
                 COLLAPSED,
             )
 
-    def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[torch.Tensor, list[float]]:
+    def look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[torch.Tensor, list[float]]:
         """The samples, and each class's diversity unless it has one image by design."""
         generator = as_generator(pl_module, self)
         published = int(torch.bincount(generator.release_labels(), minlength=generator.num_classes).min())

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+
+from lightning_dpgen.callbacks._every import LooksAtGenerator
 
 from lightning_dpgen._compat import pl
-from lightning_dpgen._validate import positive_int
 from lightning_dpgen.evaluation.protocols import protocol_named
 from lightning_dpgen.evaluation.tstr import TSTRTable, print_table, tstr
 from lightning_dpgen.generators.base import as_generator, looking_at
 
 
-class TSTREvaluation(pl.Callback):
+class TSTREvaluation(LooksAtGenerator):
     """Trains classifiers on the generator's images and tests them on the data module's real test records.
 
     Logs ``tstr/<classifier>`` (percent) through the Trainer's loggers and prints the table at the end. Weights, mode flags
@@ -40,11 +40,10 @@ class TSTREvaluation(pl.Callback):
         classifiers: list[str] | None = None,
     ) -> None:
         self.protocol = protocol_named(protocol).name
-        self.every_n_steps = None if every_n_steps is None else positive_int("every_n_steps", every_n_steps)
+        super().__init__(every_n_steps)
         self.seeds = tuple(seeds)
         self.classifiers = classifiers
         self.table: TSTRTable | None = None
-        self._seen = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuses at once what could not be evaluated at the end.
@@ -58,21 +57,12 @@ class TSTREvaluation(pl.Callback):
                 raise ValueError("TSTREvaluation needs one of lightning_dpgen.data's data modules, which know the real test records.")
             trainer.datamodule.real_test()  # type: ignore[attr-defined]
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Waits for the next step."""
-        self._seen = trainer.global_step
-
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
-        """Evaluates every so many steps."""
-        if self.every_n_steps and trainer.global_step > self._seen and trainer.global_step % self.every_n_steps == 0:
-            self._seen = trainer.global_step  # a pass over all records is many batches and one step
-            self._evaluate(trainer, pl_module)
-
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluates the last state and prints the table."""
-        print_table(self._evaluate(trainer, pl_module))
+        print_table(self.look(trainer, pl_module))
 
-    def _evaluate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> TSTRTable:
+    def look(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> TSTRTable:
+        """Evaluates the generator as it is and logs it."""
         generator = as_generator(pl_module, self)
         with looking_at(generator):
             labels = generator.release_labels().to(generator.device)

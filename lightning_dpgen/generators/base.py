@@ -81,7 +81,12 @@ class PrivateGenerator(pl.LightningModule):
         raise NotImplementedError
 
     def load_public_state(self, state: dict[str, Tensor]) -> None:
-        """The inverse of :meth:`public_state`: what a release's generator is restored from."""
+        """The inverse of :meth:`public_state`: what a release's generator is restored from. A fit that follows says so."""
+        self.started_from = USERS_START
+        self.take_public_state(state)
+
+    def take_public_state(self, state: dict[str, Tensor]) -> None:
+        """What :meth:`load_public_state` does."""
         raise NotImplementedError
 
     def start_from(self, images: Tensor, labels: Tensor) -> None:

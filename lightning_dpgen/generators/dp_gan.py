@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from lightning_dpgen._validate import fail, one_of, positive, positive_int
-from lightning_dpgen.generators.base import USERS_START, PrivateGenerator
+from lightning_dpgen.generators.base import PrivateGenerator
 from lightning_dpgen.nn.critics import DISCRIMINATORS
 from lightning_dpgen.nn.generators import GENERATORS
 
@@ -202,9 +202,8 @@ class DPGAN(PrivateGenerator):
         """The averaged generator."""
         return dict(self.average.state_dict())
 
-    def load_public_state(self, state: dict[str, Tensor]) -> None:
-        """Takes the generator from a release."""
-        self.started_from = USERS_START
+    def take_public_state(self, state: dict[str, Tensor]) -> None:
+        """What :meth:`load_public_state` does."""
         self.average.load_state_dict(state)
         self.generator.load_state_dict(state)
 

@@ -14,7 +14,6 @@ from rich.progress import track
 from torch import Tensor
 
 from lightning_dpgen._validate import fail, one_of, positive, positive_int
-from lightning_dpgen.generators.base import USERS_START
 from lightning_dpgen.generators.full_pass import FullPassGenerator
 from lightning_dpgen.nn.generators import GENERATORS
 from lightning_dpgen.privacy.clipping import CELL_SUMS_REPLACED, ClippedSum, cell_sums, cell_sums_norm, records_in_cells
@@ -187,9 +186,8 @@ class DPMERF(FullPassGenerator):
         """The generator."""
         return dict(self.generator.state_dict())
 
-    def load_public_state(self, state: dict[str, Tensor]) -> None:
-        """Takes the generator from a release."""
-        self.started_from = USERS_START
+    def take_public_state(self, state: dict[str, Tensor]) -> None:
+        """What :meth:`load_public_state` does."""
         self.generator.load_state_dict(state)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

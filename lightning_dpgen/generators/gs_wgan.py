@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_dpgen._validate import fail, non_negative, one_of, positive, positive_int
-from lightning_dpgen.generators.base import USERS_START, PrivateGenerator, check_batch
+from lightning_dpgen.generators.base import PrivateGenerator, check_batch
 from lightning_dpgen.generators.critic_ensemble import CriticEnsemble, PotentialCritics, Shards, fingerprints
 from lightning_dpgen.nn.critics import CRITICS
 from lightning_dpgen.nn.generators import GENERATORS
@@ -425,9 +425,8 @@ class GSWGAN(PrivateGenerator):
         """The averaged generator, and nothing of any critic."""
         return dict(self.average.state_dict())
 
-    def load_public_state(self, state: dict[str, Tensor]) -> None:
-        """Takes the generator from a release."""
-        self.started_from = USERS_START
+    def take_public_state(self, state: dict[str, Tensor]) -> None:
+        """What :meth:`load_public_state` does."""
         self.average.load_state_dict(state)
         self.generator.load_state_dict(state)
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from lightning_dpgen._validate import fail, positive_int
-from lightning_dpgen.generators.base import USERS_START
 from lightning_dpgen.generators.full_pass import FullPassGenerator
 from lightning_dpgen.privacy.clipping import (
     CELL_MOMENTS_REPLACED,
@@ -356,9 +355,8 @@ class MixturePPCA(FullPassGenerator):
         """Means, basis, centers, weights and factors of the covariances."""
         return {name: getattr(self, name).detach().contiguous() for name in PUBLIC}
 
-    def load_public_state(self, state: dict[str, Tensor]) -> None:
-        """Takes the mixture from a release."""
-        self.started_from = USERS_START
+    def take_public_state(self, state: dict[str, Tensor]) -> None:
+        """What :meth:`load_public_state` does."""
         for name in PUBLIC:
             setattr(self, name, state[name].to(self.passes.device))
 

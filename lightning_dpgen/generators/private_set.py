@@ -16,7 +16,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from lightning_dpgen._validate import fail, positive_int
-from lightning_dpgen.generators.base import USERS_START, PrivateGenerator
+from lightning_dpgen.generators.base import PrivateGenerator
 from lightning_dpgen.generators.matching import centred_feature_sums, class_features, gradient_distance, schedule
 from lightning_dpgen.nn.augmentation import Augmentation, augment, draw_augmentation
 from lightning_dpgen.nn.classifiers import ConvNet
@@ -221,9 +221,8 @@ class PrivateSetGeneration(PrivateGenerator):
         """The images, which are the whole generator."""
         return {"images": self.average.clamp(0, 1), "labels": self.labels}
 
-    def load_public_state(self, state: dict[str, Tensor]) -> None:
-        """Takes the images from a release."""
-        self.started_from = USERS_START
+    def take_public_state(self, state: dict[str, Tensor]) -> None:
+        """What :meth:`load_public_state` does."""
         self.average.copy_(state["images"])
         self.images.data.copy_(state["images"])
 

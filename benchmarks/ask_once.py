@@ -176,7 +176,7 @@ def evaluate(cell: Cell, draw: int, seed: int, root: str, device: str) -> None:
 
 def print_table() -> None:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    print("| cell | accuracy %: mean ± std (least … most) | draws x seeds | epsilon | fit, s |\n|---|---|---|---|---|")
+    print("| cell | accuracy %: mean ± std (least … most) | noise draws, evaluations | epsilon | fit, s |\n|---|---|---|---|---|")
     for cell in cells():
         draws = results.get(cell.name, {})
         for name in cell.classifiers:
@@ -187,7 +187,7 @@ def print_table() -> None:
             fits = [draw["fit_seconds"] for draw in draws.values() if "fit_seconds" in draw and draw.get("device", "cpu") == "cpu"]
             epsilons = [draw["epsilon"] for draw in draws.values() if draw.get("epsilon")]
             print(
-                f"| {cell.name}: {name} | {spread} ({min(values):.2f} … {max(values):.2f}) | {len(draws)} x {len(values) // len(draws)} | "
+                f"| {cell.name}: {name} | {spread} ({min(values):.2f} … {max(values):.2f}) | {len(draws)}, {len(values)} | "
                 f"{f'{max(epsilons):.3f}' if epsilons else '-'} | {f'{max(fits):.0f}' if fits else '-'} |"
             )
 

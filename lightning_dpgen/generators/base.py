@@ -30,7 +30,8 @@ class PrivateGenerator(pl.LightningModule):
         image_shape: ``(C, H, W)``; likewise.
 
     Attributes:
-        mechanism: The one way out for what is computed from records; set by the strategy before ``on_fit_start``.
+        mechanism: The one way out for what is computed from records; set by the strategy before ``on_fit_start`` in modules with
+            ``configure_privacy``.
         prior: Public images ``[N, C, H, W]`` and labels ``[N]`` that a fit is to start from; set by the callback ``Prior``.
         started_from: What they are, in words for the certificate; ``None`` for a random start.
 
@@ -99,7 +100,12 @@ class PrivateGenerator(pl.LightningModule):
         Privacy:
             The images must be public: a release's, whose cost the callback ``Prior`` sees counted, or of other records. The
             certificate says that it does not cover what they cost.
+
+        Raises:
+            ValueError: If this generator cannot.
         """
+        if self.images_to_start_from() is None:
+            raise ValueError(f"{type(self).__name__} as it is set up here cannot start from images.")
         self.started_from = USERS_START
         self.take_start(images, labels)
 

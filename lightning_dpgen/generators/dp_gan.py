@@ -79,7 +79,7 @@ PRESETS = {
         generator_lr=2e-4,
         discriminator_lr=2e-4,
         average=0.0,
-        origin="Torkzadehmahani, Kairouz and Paten, CVPR workshops 2019: its networks, one step each; with lots of 600, C = 1.1",
+        origin="networks and one step each after Torkzadehmahani, Kairouz and Paten, CVPR workshops 2019; rates are the package's",
     ),
 }
 POOL = 1000
@@ -93,7 +93,9 @@ class DPGAN(PrivateGenerator):
     takes a step, between lots. The clip norm is the strategy's.
 
     Args:
-        preset: ``"modern"``, or ``"dp-cgan"`` for the small networks and single steps of that paper.
+        preset: ``"modern"``, or ``"dp-cgan"``: networks and single steps after that paper, whose lots are of 600 and whose C is
+            1.1. Its code clips real and generated images' gradients apart and reuses the records' labels; here a pair is clipped as
+            one and labels of generated images are uniform. Adam and its rates are the package's.
         overrides: Fields of :class:`AdversarialSchedule` to change, for example ``{"discriminator_steps": 50}``.
         num_classes: Number of classes; the data module's if not given.
         image_shape: ``(C, H, W)``, at least 8 × 8; the data module's if not given.
@@ -111,6 +113,7 @@ class DPGAN(PrivateGenerator):
     """
 
     private_modules = "discriminator"
+    one_step_is_one_lot = True  # the generator's steps are not Lightning's
 
     def __init__(
         self,
@@ -160,7 +163,13 @@ class DPGAN(PrivateGenerator):
         optimizer.step()
 
     def on_train_start(self) -> None:
-        """Makes images for the first lots."""
+        """Makes images for the first lots.
+
+        Raises:
+            ValueError: In several processes, each of which would train a generator of its own.
+        """
+        if self.trainer.world_size > 1:
+            raise ValueError("DPGAN trains on one device. Use Trainer(devices=1, strategy=DPStrategy(…)).")
         self._fill_pool()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -182,18 +191,22 @@ class DPGAN(PrivateGenerator):
     def _fill_pool(self) -> None:
         self._pool = self._images(POOL)
 
+    @property
+    def _kind(self) -> torch.dtype:
+        return next(self.generator.parameters()).dtype
+
     def _optimizers(self) -> list[Any]:
         return cast("list[Any]", self.optimizers())
 
     def _images(self, count: int) -> tuple[Tensor, Tensor]:
         """Generated images of uniform labels, each drawn by itself."""
         labels = torch.randint(self.num_classes, (count,), device=self.device)
-        return self.generator(torch.randn((count, self.schedule.latent_dim), device=self.device), labels), labels
+        return self.generator(torch.randn((count, self.schedule.latent_dim), device=self.device, dtype=self._kind), labels), labels
 
     def sample(self, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Images of the averaged generator, a latent of its own for each label."""
         labels = labels.to(self.device)
-        latent = torch.randn((len(labels), self.schedule.latent_dim), generator=generator, device=self.device)
+        latent = torch.randn((len(labels), self.schedule.latent_dim), generator=generator, device=self.device, dtype=self._kind)
         with torch.no_grad():
             parts = zip(latent.split(1000), labels.split(1000), strict=True)
             return torch.cat([self.average(z, y) for z, y in parts]).float().clamp(0, 1)

@@ -19,7 +19,8 @@ class FullPassGenerator(PrivateGenerator):
 
     Privacy:
         A pass adds each record once (the loader's part; several processes read disjoint parts) and is released when its last
-        chunk was added. An interrupted pass adds nothing: what it had added up is let go.
+        chunk was added. What an interrupted pass had added up is not in checkpoints and not released; after an error it stays in the
+        owner's memory until the next fit.
     """
 
     adds_up_over_processes = True

@@ -23,7 +23,9 @@ GRADIENT_SUM = "gradient_sum"
 
 @dataclass(frozen=True)
 class MatchingSchedule:
-    """The loops and rates of matching; all of them post-processing but for ``signal``, ``width``, ``layers`` and ``clip_norm``.
+    """The loops and rates of matching.
+
+    All of them are post-processing but for ``signal``, ``width``, ``layers``, ``clip_norm`` and ``augment``.
 
     Args:
         signal: What is released of a lot: ``"gradients"`` or ``"features"``.
@@ -99,7 +101,7 @@ def schedule(matching: str, preset: str, images_per_class: int) -> MatchingSched
         matching: ``"gradients"`` or ``"features"``.
         preset: ``"cpu"``, or for gradients ``"published"``, the paper's loops (1,000 iterations of rounds × matches releases at an
             expected lot of 256: 10,000, 100,000 and 200,000 trainer steps for 1, 10 and 20 images a class), or
-            ``"published-prior"``, those of its generator prior (20,000 trainer steps).
+            ``"published-prior"``, those of its generator prior (20,000 trainer steps), with this package's DCGAN in place of its own.
         images_per_class: Images a class; the published loops exist for 1, 10, 20 and 50.
 
     Raises:

@@ -25,9 +25,9 @@ from lightning_dpgen.privacy.clipping import cell_sums_norm, clipped_gradient_su
 from lightning_dpgen.privacy.plan import PoissonSampling, PrivacyPlan, Release
 
 GRADIENT_SUM, FEATURE_SUMS = "gradient_sum", "feature_sums"
-LATENT = 100
+LATENT = 10
 """Latent numbers of the generator prior."""
-AUGMENTATION = Augmentation()
+AUGMENTATION, DEFAULT = Augmentation(), "the package's default"
 DRAW = "draw"
 """Where a target keeps the augmentation under which it was released."""
 
@@ -41,20 +41,20 @@ class PrivateSetGeneration(PrivateGenerator):
     Args:
         images_per_class: Images a class.
         matching: ``"gradients"`` (published), or ``"features"``, which learns more from the same budget.
-        preset: Named :class:`MatchingSchedule`: ``"cpu"`` or, for gradients, ``"published"``.
+        preset: Named :class:`MatchingSchedule`: ``"cpu"`` or, for gradients, ``"published"`` or ``"published-prior"``.
         num_classes: Number of classes; the data module's if not given.
         image_shape: ``(C, H, W)``, at least 8 × 8; the data module's if not given.
         chunk_size: Records whose gradients are held at once.
         schedule_overrides: Fields of :class:`MatchingSchedule` to change, for example ``{"image_lr": 100.0}``.
 
     Privacy:
-        Relation: zero-out (replace-one beside it). Sampling: Poisson, q = batch_size / N. Released: once a trainer step, a sum
-        over the lot, with noise N(0, (zC)²) on every number. Of gradients: each record's gradient of its own cross-entropy on
-        the current network, clipped to C as a whole, sensitivity C; the divisor is the expected lot size, a constant. Of features:
-        each record adds (r, 0.3 R) to its class, r its features' difference from the mean features of the class's synthetic
-        images, clipped to R; sensitivity C = √1.09 R; the divisors are the released counts. The network's weights are random or
-        trained on synthetic images only, and the synthetic images are made of released sums, so both are public. Everything after
-        the release (matching, averaging, training the network) is post-processing.
+        Relation: zero-out (replace-one beside it). Sampling: Poisson, q = batch_size / N. Released: once a trainer step, a sum over
+        the lot, with noise N(0, (zC)²) on every number. Of gradients: each record's gradient of its own cross-entropy (of the record
+        as moved by a public draw, with ``augment``) on the current network, clipped to C as a whole, sensitivity C; the divisor is
+        the expected lot size, a constant. Of features: each record adds (r, 0.3 R) to its class, r its features' difference from the
+        mean features of the class's synthetic images, clipped to R; sensitivity C = √1.09 R; the divisors are the released counts.
+        The network's weights are random or trained on synthetic images only, and the synthetic images are made of released sums, so
+        both are public. Everything after the release (matching, averaging, training the network) is post-processing.
 
     Raises:
         ValueError: For arguments out of range.
@@ -230,7 +230,13 @@ class PrivateSetGeneration(PrivateGenerator):
         """The schedule's fields with their origin."""
         fields = asdict(self.schedule)
         origin = fields.pop("origin")
-        named = {name: (value, "set by the user" if name in self._overridden else origin) for name, value in fields.items()}
+        unused = ("image_lr", "image_momentum") if self.generator is not None else ("prior_lr",)
+        origins = {"augment": DEFAULT, "prior": DEFAULT, "prior_lr": "Chen, Kerkouche and Fritz, NeurIPS 2022"}
+        named = {
+            name: (value, "set by the user" if name in self._overridden else origins.get(name, origin))
+            for name, value in fields.items()
+            if name not in unused
+        }
         named["images_per_class"] = (self.images_per_class, "set by the user")
         return {name: {"value": value, "origin": where} for name, (value, where) in named.items()}
 
@@ -240,7 +246,7 @@ class PrivateSetGeneration(PrivateGenerator):
         return {name: value.detach() for name, value in named if self.schedule.layers == "all" or name.startswith("head.")}
 
     def _set_rate(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.schedule.image_rule == "pixels" or self.generator is not None:
+        if self.schedule.image_rule == "pixels":
             done = self.trainer.global_step / self.mechanism.plan.releases[0].count
             factor = 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
             rate = self.schedule.image_lr if self.generator is None else self.schedule.prior_lr

@@ -95,7 +95,7 @@ class PlainGenerator(_Generator):
 
 
 class TinyGenerator(_Generator):
-    """A hidden layer and two 5 × 5 convolutions over two enlargements: DP-MERF's, a seventh of the cost of :class:`SmallGenerator`.
+    """A hidden layer and two 5 × 5 convolutions over two enlargements: DP-MERF's, with an eighth of :class:`SmallGenerator`'s products.
 
     Args:
         num_classes: Number of classes.
@@ -147,7 +147,7 @@ class MLPGenerator(nn.Module):
 
 
 class DCGANGenerator(_Generator):
-    """Three transposed convolutions with BatchNorm (Radford, Metz and Chintala, ICLR 2016), as in GS-WGAN's code.
+    """Three transposed convolutions with BatchNorm (Radford, Metz and Chintala, ICLR 2016).
 
     Args:
         num_classes: Number of classes.

@@ -75,8 +75,16 @@ def make_certificate(trainer: pl.Trainer, images: int) -> dict[str, Any]:
         raise NotCertifiable("this run had neither max_steps nor max_epochs, so it had no plan to claim. Set one and train again.")
     if not isinstance(module, PrivateGenerator):
         raise NotCertifiable(f"{type(module).__name__} is not a PrivateGenerator: it has no images to release.")
-    if module is not strategy.trained:
-        raise NotCertifiable(f"the trainer's module is another {type(module).__name__} than the one that it trained last.")
+    if getattr(module, "fit_mark", None) != strategy.fit_mark:
+        raise NotCertifiable(
+            f"this trainer was not the last to train its {type(module).__name__}, or trained another: ask the trainer that was, whose "
+            "ledger knows what the parameters cost."
+        )
+    if not strategy.ended:
+        raise NotCertifiable(
+            "the run was broken off by an error, at a moment that a record may have chosen. Mend what broke it, resume with ckpt_path, and "
+            "publish what that run ends with."
+        )
     plan, noise_multiplier, account = strategy.plan, strategy.noise_multiplier, strategy.account
     counts = dict(account.before), dict(account.planned), strategy.ledger.counts
     figure, basis = claim(*counts, strategy.delta, Relation.ZERO_OUT)

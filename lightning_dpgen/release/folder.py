@@ -63,7 +63,7 @@ class SanitizedRelease:
         with looking_at(generator):
             images = generator.sample(labels.to(generator.device)).cpu()
         certificate["images"] = len(labels)
-        parameters = {name: value.detach().cpu().contiguous() for name, value in generator.public_state().items()}
+        parameters = {name: value.detach().cpu().clone().contiguous() for name, value in generator.public_state().items()}
         return cls(to_bytes(images), labels.cpu().numpy().astype(np.int64), certificate, parameters)
 
     @property

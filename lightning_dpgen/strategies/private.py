@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ class PrivateTraining(pl.strategies.Strategy):
             Terms(self.budget, self.delta, noise_multiplier, None if ledger is None else str(ledger)), self._stream
         )
         self.open_ended = False
-        self.trained: pl.LightningModule | None = None
+        self.fit_mark, self.ended = "", False
         self._engine: PerRecordEngine | None = None
         self._probe: Probe | None = None
         self._private: torch.optim.Optimizer | None = None
@@ -170,7 +171,8 @@ class PrivateTraining(pl.strategies.Strategy):
         if not self._owns_releases:
             self._private = private_optimizer(self.optimizers, module, roots)
         self._prepare(trainer, module)
-        self.trained = module
+        self.fit_mark, self.ended = uuid4().hex, False
+        vars(module)["fit_mark"] = self.fit_mark
         if self._owns_releases:
             self._check_sampling(trainer)
             check_collate(self, cast(Any, trainer.train_dataloader))  # before the module can read a record
@@ -308,6 +310,7 @@ class PrivateTraining(pl.strategies.Strategy):
             self._engine.check_buffers()
             self._engine.check_values()
         self._note_early_end()
+        self.ended = True
         self._module.trainer.callback_metrics["privacy/epsilon"] = torch.tensor(self.epsilon_spent())
         submodule("utilities").rank_zero_info(self.report())
 
@@ -397,7 +400,7 @@ class PrivateTraining(pl.strategies.Strategy):
             )
         longer = {release.name: release.count for release in self._plan_of((steps or 1) + 1).releases}
         plan = self._plan_of(steps or 1)
-        counts_lots = module.automatic_optimization or self._owns_releases  # else global_step counts every optimizer
+        counts_lots = module.automatic_optimization or self._owns_releases or getattr(module, "one_step_is_one_lot", False)
         previous, self._restored = self._restored, None
         done = (trainer.global_step if previous is None else int(previous["global_step"])) if counts_lots else 0
         if isinstance(plan.sampling, FullPass):

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_dpgen import DPGAN, DPStrategy, SanitizedRelease, load_release
 from lightning_dpgen.privacy import GaussianMechanism, PoissonSampling
 from lightning_dpgen.privacy.clipping import tensors_of
+from lightning_dpgen.release.certificate import make_certificate
 
 SHAPE = {"num_classes": 10, "image_shape": (1, 8, 8)}
 PRESETS = ["modern", "dp-cgan"]
@@ -39,9 +40,10 @@ class Fixed:
         monkeypatch.setattr(DPGAN, "_images", images)
 
 
+@pytest.mark.parametrize("networks", [{}, {"generator": "plain", "discriminator": "conv"}])
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("grad_sample", ["hooks", "ghost"])
-def test_a_record_and_its_fake_are_clipped_as_one(tmp_path, monkeypatch, digit_records, preset, grad_sample):
+def test_a_record_and_its_fake_are_clipped_as_one(tmp_path, monkeypatch, digit_records, preset, grad_sample, networks):
     Fixed(monkeypatch)
     sums = []
     release = GaussianMechanism.release
@@ -51,11 +53,11 @@ def test_a_record_and_its_fake_are_clipped_as_one(tmp_path, monkeypatch, digit_r
         return release(mechanism, name, contribution)
 
     monkeypatch.setattr(GaussianMechanism, "release", spy)
-    module, clip = gan(preset), 0.05
+    module, clip = gan(preset, **networks), 0.05
     before = {name: value.clone() for name, value in module.state_dict().items()}
     strategy = DPStrategy(noise_multiplier=0.0, clip_norm=clip, grad_sample=grad_sample)
     fitted(tmp_path, digit_records, module, len(digit_records), strategy, max_steps=1)
-    oracle = gan(preset)
+    oracle = gan(preset, **networks)
     oracle.load_state_dict(before)
     expected = {name: torch.zeros_like(value) for name, value in oracle.discriminator.named_parameters()}
     for image, label in digit_records:
@@ -121,12 +123,14 @@ def test_lots_that_are_empty_or_of_nans_are_released(tmp_path, preset):
 
 
 def test_a_resumed_run_goes_on(tmp_path, digit_records):
-    whole = gan()
-    run = fitted(tmp_path, digit_records, whole, max_steps=4)
+    run = fitted(tmp_path, digit_records, gan(), max_steps=4)
     run.save_checkpoint(tmp_path / "four.ckpt")
     again = gan()
     resumed = fitted(tmp_path, digit_records, again, max_steps=7, ckpt_path=tmp_path / "four.ckpt")
     assert resumed.global_step == len(resumed.strategy.ledger) == 7
+    certificate = make_certificate(resumed, 0)
+    assert certificate["notes"] == []
+    assert certificate["claim"]["epsilon"] == pytest.approx(resumed.strategy.epsilon_spent())  # seven lots, planned and made
 
 
 def test_its_release_holds_the_average_and_nothing_of_the_discriminator(tmp_path, digit_records):
@@ -140,6 +144,37 @@ def test_its_release_holds_the_average_and_nothing_of_the_discriminator(tmp_path
     images = [one.sample(torch.arange(10), torch.Generator().manual_seed(1)) for one in (module, again)]
     torch.testing.assert_close(*images)
     assert loaded.certificate["knobs"]["discriminator_steps"] == {"value": 3, "origin": "set by the user"}
+
+
+def test_one_nan_record_spoils_no_other(tmp_path, monkeypatch, digit_records):
+    Fixed(monkeypatch)
+    sums = []
+    release = GaussianMechanism.release
+
+    def spy(mechanism, name, contribution):
+        sums.append({key: value.clone() for key, value in tensors_of(contribution).items()})
+        return release(mechanism, name, contribution)
+
+    monkeypatch.setattr(GaussianMechanism, "release", spy)
+    images, labels = digit_records.tensors
+    spoilt = images.clone()
+    spoilt[0] = float("nan")
+    for records in (TensorDataset(spoilt, labels), TensorDataset(images[1:], labels[1:])):
+        fitted(tmp_path, records, gan(), len(records), DPStrategy(noise_multiplier=0.0), max_steps=1)
+    for name, value in sums[0].items():
+        torch.testing.assert_close(value, sums[1][name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
+def test_other_precisions_train_and_sample(tmp_path, digit_records, precision):
+    module = gan()
+    fitted(tmp_path, _as(digit_records, precision), module, precision=precision)
+    assert module.sample(torch.arange(10)).dtype == torch.float32
+
+
+def _as(records, precision):
+    images, labels = records.tensors
+    return TensorDataset(images.double() if precision == "64-true" else images, labels)
 
 
 def test_arguments_out_of_range_are_refused():

@@ -112,7 +112,7 @@ def test_records_of_nans_leave_noise_alone(tmp_path):
     assert torch.count_nonzero(summed(merf(), *records.tensors)[0]) == 0
 
 
-def test_it_teaches_without_noise_and_its_release_says_what_it_is(tmp_path):
+def test_it_teaches_and_its_release_says_what_it_is(tmp_path):
     data = DigitsDataModule(batch_size=500)
     module = merf(num_frequencies=1000, frequencies_per_step=300, generator_steps=300)
     _, run = fitted(tmp_path, data, module, DPStrategy(epsilon=10.0))
@@ -129,6 +129,14 @@ def test_it_teaches_without_noise_and_its_release_says_what_it_is(tmp_path):
     assert knobs["num_frequencies"] == {"value": 1000, "origin": "set by the user"}
 
 
+@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
+def test_the_frequencies_are_the_same_at_every_precision(tmp_path, records, precision):
+    module, _ = fitted(tmp_path, records, strategy=DPStrategy(noise_multiplier=1e-6), precision=precision)
+    plain, _ = fitted(tmp_path, records, strategy=DPStrategy(noise_multiplier=1e-6))
+    torch.testing.assert_close(module.embedding.float(), plain.embedding, rtol=1e-3, atol=1e-4)
+    assert module.sample(torch.arange(10)).dtype == torch.float32
+
+
 def test_it_trains_on_for_free_from_a_checkpoint_and_is_fitted_once(tmp_path, records):
     module, run = fitted(tmp_path, records)
     run.save_checkpoint(tmp_path / "done.ckpt")
@@ -136,6 +144,7 @@ def test_it_trains_on_for_free_from_a_checkpoint_and_is_fitted_once(tmp_path, re
     before = {name: value.clone() for name, value in again.public_state().items()}
     again.train_generator(2)
     assert any(not torch.equal(value, before[name]) for name, value in again.public_state().items())
+    assert again.knobs()["generator_steps"] == {"value": 5, "origin": "set by the user"}
     with pytest.raises(ValueError, match="fitted already"):
         fitted(tmp_path, records, module)
     with pytest.raises(RuntimeError, match="no embedding yet"):

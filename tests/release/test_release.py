@@ -5,8 +5,9 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from helpers import trainer
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_dpgen import DigitsDataModule, DPStrategy, PrivateSetGeneration, SanitizedRelease, load_release, verify_release
+from lightning_dpgen import DPGAN, DigitsDataModule, DPStrategy, PrivateSetGeneration, SanitizedRelease, load_release, verify_release
 from lightning_dpgen.release import InvalidRelease, NotCertifiable
 
 
@@ -29,6 +30,34 @@ def release(original, tmp_path):
     import shutil
 
     return shutil.copytree(original[0], tmp_path / "release")
+
+
+@pytest.mark.parametrize("kind", [DPGAN, PrivateSetGeneration])
+def test_only_the_last_trainer_of_a_module_certifies_it(tmp_path, digit_records, kind):
+    """The earlier one's ledger does not know what the later one paid."""
+    module, runs = kind(num_classes=10, image_shape=(1, 8, 8)), []
+    for noise in (8.0, 1.0):
+        strategy = DPStrategy(noise_multiplier=noise, ledger=tmp_path / "shared.jsonl")
+        runs.append(trainer(tmp_path, strategy, max_steps=2, max_epochs=-1))
+        runs[-1].fit(module, DataLoader(digit_records, batch_size=16))
+    with pytest.raises(NotCertifiable, match="not the last to train"):
+        SanitizedRelease.from_trainer(runs[0])
+    released = SanitizedRelease.from_trainer(runs[1], torch.arange(10))
+    before = {name: value.clone() for name, value in released.parameters.items()}
+    with torch.no_grad():
+        for value in module.public_state().values():
+            value += 1
+    assert all(torch.equal(value, before[name]) for name, value in released.parameters.items())
+
+
+def test_a_run_that_an_error_broke_off_is_not_certified(tmp_path, digits):
+    """Which lot holds the record that breaks it is what a record decides."""
+    records = TensorDataset(digits[0][:64], torch.cat([digits[1][:63], torch.tensor([10])]))
+    run = trainer(tmp_path, DPStrategy(noise_multiplier=1.0), max_steps=50, max_epochs=-1)
+    with pytest.raises((RuntimeError, IndexError)):
+        run.fit(DPGAN(num_classes=10, image_shape=(1, 8, 8)), DataLoader(records, batch_size=4))
+    with pytest.raises(NotCertifiable, match="broken off by an error"):
+        SanitizedRelease.from_trainer(run)
 
 
 def test_a_release_holds_images_certificate_card_and_preview(original):

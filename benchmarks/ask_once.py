@@ -69,7 +69,7 @@ def cells() -> list[Cell]:
             found.append(Cell(f"mixture {data} {epsilon}", "mixture", data, epsilon, "common", ("CNN", "MLP", "LogReg")))
         for images, epsilon in ((10, 10.0), (10, 1.0), (50, 10.0)):
             found.append(Cell(f"set {data} {images} {epsilon}", "set", data, epsilon, "quick", ("ConvNet32",), images))
-        found.append(Cell(f"set {data} 10 10.0 no prior", "set", data, 10.0, "quick", ("ConvNet32",), 10, prior=False))
+        found.append(Cell(f"set from noise {data} 10 10.0", "set", data, 10.0, "quick", ("ConvNet32",), 10, prior=False))
         for images in (10, 50):
             found.append(Cell(f"set {data} {images} None", "set", data, None, "quick", ("ConvNet32",), images))
         found.append(Cell(f"real {data}", "real", data, None, "common", ("CNN", "MLP", "LogReg")))

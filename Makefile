@@ -43,6 +43,7 @@ bench: install
 	$(BIN)/python benchmarks/lot_memory.py
 	$(BIN)/python benchmarks/dp_step.py
 	$(BIN)/python benchmarks/ask_once.py --table
+	$(BIN)/python benchmarks/table.py --scale cpu --render
 
 lint: install
 	$(BIN)/ruff check --fix .

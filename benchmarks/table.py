@@ -162,6 +162,7 @@ def fit(cell: Cell, root: str, device: str, threads: int) -> None:
         "steps": run.global_step,
         "noise_multiplier": run.strategy.noise_multiplier,
         "train_seconds": time.perf_counter() - start,
+        "train_cpu_seconds": time.process_time(),
         "train_device": device,
         "train_threads": threads,
         "peak_mib": peak_mib(),
@@ -257,7 +258,7 @@ def render(scale: str) -> str:
     text = []
     for place, data in enumerate(dict.fromkeys(cell.data for cell in cells(scale))):
         headings = ["method", "ε", "replace-one", *(f"{n} ({p})" for p, names in PROTOCOLS.items() for n in names), "published ConvNet"]
-        headings += ["train, s", "peak MiB"]
+        headings += ["train, s", "of a CPU", "peak MiB"]
         text += [f"\n### {data}\n", "| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
         for cell in (one for one in cells(scale) if one.data == data):
             entry = known(cell)
@@ -265,7 +266,7 @@ def render(scale: str) -> str:
             row = [cell.method, *(f"{entry[key]:.3f}" if key in entry else "-" for key in ("epsilon", "replace_one"))]
             row += [mean(entry, f"{p} {n}") for p, names in PROTOCOLS.items() for n in names]
             row += [str(published[place]) if published else "-"]
-            row += [f"{entry[key]:.0f}" if key in entry else "-" for key in ("train_seconds", "peak_mib")]
+            row += [f"{entry[key]:.0f}" if key in entry else "-" for key in ("train_seconds", "train_cpu_seconds", "peak_mib")]
             text.append("| " + " | ".join(row) + " |")
     return "\n".join(text)
 

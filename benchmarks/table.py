@@ -2,7 +2,7 @@
 
     python benchmarks/table.py --scale cpu              # trains and evaluates what is missing; goes on where it stopped
     python benchmarks/table.py --scale cpu --train      # trains only; --evaluate evaluates only, with --device cuda on a GPU
-    python benchmarks/table.py --scale cpu --cells PSG  # only cells whose name contains this
+    python benchmarks/table.py --scale cpu --cells PSG  # only the cell of this name, or those whose name contains it
     python benchmarks/table.py --scale cpu --render     # prints the tables
 
 Scales: ``cpu-small`` (scikit-learn's digits, no download, a few minutes in all: to see that everything runs), ``cpu`` (MNIST and
@@ -293,7 +293,8 @@ def main() -> None:
         fit(cell, options.root, options.device, options.threads)
         return
     small = ["LogReg"] if options.scale == "cpu-small" else None
-    for cell in (one for one in cells(options.scale) if options.cells in one.name):
+    named = [one for one in cells(options.scale) if one.name == options.cells]
+    for cell in named or [one for one in cells(options.scale) if options.cells in one.name]:
         facts = cell.folder / "facts.json"
         if cell.method != "Real" and not options.evaluate and not train(cell, options):
             print(f"{cell.name}: in the hands of another process", flush=True)

@@ -5,8 +5,8 @@
     python benchmarks/ask_once.py --device cuda   # trains and evaluates there; times are then that device's, and marked so
     python benchmarks/ask_once.py --table         # prints what there is
 
-Results are kept in ``benchmarks/results/ask_once.json``, releases in ``runs/ask_once``. Everything is fixed here, before a number is
-seen: noise draws, evaluation seeds, numbers of samples and the package's defaults.
+Results are kept in ``benchmarks/results/ask_once.json``, releases in ``runs/ask_once``. Noise draws, evaluation seeds, numbers of samples
+and the package's defaults are fixed here.
 """
 
 from __future__ import annotations
@@ -159,7 +159,8 @@ def record(cell: Cell, draw: int, seed: int | None, values: dict[str, Any]) -> N
 
 
 def known(cell: Cell, draw: int) -> dict[str, Any]:
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    with FileLock(f"{RESULTS}.lock"):
+        results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     return results.get(cell.name, {}).get(str(draw), {"evaluations": {}})["evaluations"]
 
 

@@ -226,7 +226,8 @@ def results_file(scale: str) -> Path:
 
 def known(cell: Cell) -> dict[str, Any]:
     path = results_file(cell.scale)
-    found: dict[str, Any] = json.loads(path.read_text()).get(cell.name, {}) if path.exists() else {}
+    with FileLock(f"{path}.lock"):
+        found: dict[str, Any] = json.loads(path.read_text()).get(cell.name, {}) if path.exists() else {}
     return found
 
 

@@ -258,13 +258,22 @@ def render(scale: str) -> str:
     """The tables in Markdown."""
     text = []
     for place, data in enumerate(dict.fromkeys(cell.data for cell in cells(scale))):
-        headings = ["method", "ε", "replace-one", *(f"{n} ({p})" for p, names in PROTOCOLS.items() for n in names), "published ConvNet"]
+        headings = [
+            "method",
+            "ε spent",
+            "replace-one",
+            *(f"{n} ({p})" for p, names in PROTOCOLS.items() for n in names),
+            "published ConvNet",
+        ]
         headings += ["train, s", "of a CPU", "peak MiB"]
         text += [f"\n### {data}\n", "| " + " | ".join(headings) + " |", "|---" * len(headings) + "|"]
         for cell in (one for one in cells(scale) if one.data == data):
             entry = known(cell)
             published = PUBLISHED.get(cell.method) if cell.epsilon == 10.0 and data != "digits" else None
-            row = [cell.method, *(f"{entry[key]:.3f}" if key in entry else "-" for key in ("epsilon", "replace_one"))]
+            row = [
+                f"{cell.method}, ε = {cell.epsilon:g}" if cell.method != "Real" else "Real",
+                *(f"{entry[key]:.3f}" if key in entry else "-" for key in ("epsilon", "replace_one")),
+            ]
             row += [mean(entry, f"{p} {n}") for p, names in PROTOCOLS.items() for n in names]
             row += [str(published[place]) if published else "-"]
             row += [f"{entry[key]:.0f}" if key in entry else "-" for key in ("train_seconds", "train_cpu_seconds", "peak_mib")]

@@ -78,7 +78,8 @@ def calibrate(
     plans = {}
     if method == "mixture":
         if not (batch_size is steps is None):
-            raise ValueError(f"batch_size={batch_size}, steps={steps}: a mixture reads all records once a release. Leave them out.")
+            given = ", ".join(f"{n}={v}" for n, v in (("batch_size", batch_size), ("steps", steps)) if v is not None)
+            raise ValueError(f"{given}: a mixture reads all records once a release. Leave it out.")
         pixels = math.prod(positive_int("image_shape", side) for side in image_shape or [1, 28, 28])
         plans[0] = mixture_plan(records, pixels)
     else:
@@ -273,6 +274,7 @@ def generate(release: str, output: str, per_class: int = 100, seed: int = 0, for
     with generators.looking_at(generator):
         images = generator.sample(labels, torch.Generator().manual_seed(seed))
     pixels = generators.to_bytes(images)
+    distinct = len({image.tobytes() for image in pixels})
     if format == "npz":
         import numpy as np
 
@@ -284,4 +286,5 @@ def generate(release: str, output: str, per_class: int = 100, seed: int = 0, for
             folder = target / loaded.class_names[label].replace("/", "-")
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(folder / f"{number:06d}.png")
-    Console().print(f"{len(labels)} images written: {target}", highlight=False, soft_wrap=True)
+    copies = f", {distinct} of them distinct: the release is a set of learned images, not a source of new ones" * (distinct < len(labels))
+    Console().print(f"{len(labels)} images written: {target}{copies}", highlight=False, soft_wrap=True)

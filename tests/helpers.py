@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from lightning_dpgen import DPStrategy
+from lightning_dpgen.privacy import GaussianMechanism
 from lightning_dpgen.privacy.clipping import ClippedSum, clipped_sum, tensors_of
 
 
@@ -100,3 +101,16 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
     assert one.keys() == other.keys()
     for name, value in one.items():
         assert torch.equal(value, other[name]), name
+
+
+def spied_sums(monkeypatch) -> list[dict[str, torch.Tensor]]:
+    """A list to which every sum is added that goes through the door."""
+    sums = []
+    release = GaussianMechanism.release
+
+    def spy(mechanism, name, contribution):
+        sums.append({key: value.clone() for key, value in tensors_of(contribution).items()})
+        return release(mechanism, name, contribution)
+
+    monkeypatch.setattr(GaussianMechanism, "release", spy)
+    return sums

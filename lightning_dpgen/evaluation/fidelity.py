@@ -89,12 +89,14 @@ def load_feature_network(path: str | Path) -> FeatureNetwork:
     """
     try:
         with safe_open(str(path), "pt") as file:
-            classes, *shape = map(int, file.metadata()["classes_and_shape"].split(","))
+            classes, *shape = map(int, (file.metadata() or {})["classes_and_shape"].split(","))
             network = FeatureNetwork(classes, (shape[0], shape[1], shape[2]))
             names = file.keys()
             network.load_state_dict({name: file.get_tensor(name) for name in names})
     except Exception as error:
-        raise ValueError(f"{path} is no feature network ({error}). Write one with dpgen feature_network.") from error
+        raise ValueError(
+            f"{path} is no feature network ({type(error).__name__}: {error}). Write one with dpgen feature_network."
+        ) from error
     return network.eval()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -41,53 +42,31 @@ class _PixelNorm(nn.Module):
 
 
 class SmallGenerator(_Generator):
-    """A linear layer and three convolutions over two enlargements, BatchNorm between: for a CPU.
+    """A linear layer and three convolutions over two enlargements, normalised between: for a CPU.
 
     Args:
         num_classes: Number of classes.
         image_shape: ``(C, H, W)``.
         latent_dim: Latent numbers.
         width: Channels before the last enlargement.
+        batch_norm: Whether by BatchNorm; else by pixel norm, with which no buffers are kept and no image depends on others.
     """
 
-    def __init__(self, num_classes: int, image_shape: ImageShape, latent_dim: int, width: int = 32) -> None:
+    def __init__(self, num_classes: int, image_shape: ImageShape, latent_dim: int, width: int = 32, batch_norm: bool = True) -> None:
         super().__init__(num_classes, image_shape, 2 * width, enlargement=4)
-        self.start = nn.Sequential(nn.Linear(latent_dim + num_classes, self.places), nn.BatchNorm1d(self.places), nn.ReLU())
+
+        def norm(channels: int, flat: bool = False) -> nn.Module:
+            return (nn.BatchNorm1d(channels) if flat else nn.BatchNorm2d(channels)) if batch_norm else _PixelNorm()
+
+        self.start = nn.Sequential(nn.Linear(latent_dim + num_classes, self.places), norm(self.places, flat=True), nn.ReLU())
         self.body = nn.Sequential(
             nn.Upsample(scale_factor=2),
             nn.Conv2d(2 * width, width, 3, padding=1),
-            nn.BatchNorm2d(width),
+            norm(width),
             nn.ReLU(),
             nn.Upsample(scale_factor=2, mode="bilinear"),
             nn.Conv2d(width, width // 2, 3, padding=1),
-            nn.BatchNorm2d(width // 2),
-            nn.ReLU(),
-            nn.Conv2d(width // 2, image_shape[0], 3, padding=1),
-            nn.Sigmoid(),
-        )
-
-
-class PlainGenerator(_Generator):
-    """As :class:`SmallGenerator`, with pixel norm in place of BatchNorm: no buffers, no image depends on others.
-
-    Args:
-        num_classes: Number of classes.
-        image_shape: ``(C, H, W)``.
-        latent_dim: Latent numbers.
-        width: Channels before the last enlargement.
-    """
-
-    def __init__(self, num_classes: int, image_shape: ImageShape, latent_dim: int, width: int = 32) -> None:
-        super().__init__(num_classes, image_shape, 2 * width, enlargement=4)
-        self.start = nn.Sequential(nn.Linear(latent_dim + num_classes, self.places), nn.ReLU())
-        self.body = nn.Sequential(
-            _PixelNorm(),
-            nn.Upsample(scale_factor=2),
-            nn.Conv2d(2 * width, width, 3, padding=1),
-            nn.ReLU(),
-            _PixelNorm(),
-            nn.Upsample(scale_factor=2, mode="bilinear"),
-            nn.Conv2d(width, width // 2, 3, padding=1),
+            norm(width // 2),
             nn.ReLU(),
             nn.Conv2d(width // 2, image_shape[0], 3, padding=1),
             nn.Sigmoid(),
@@ -216,7 +195,7 @@ class ResNetGenerator(_Generator):
 
 GENERATORS: dict[str, Callable[[int, ImageShape, int], nn.Module]] = {
     "small": SmallGenerator,
-    "plain": PlainGenerator,
+    "plain": partial(SmallGenerator, batch_norm=False),
     "tiny": TinyGenerator,
     "mlp": MLPGenerator,
     "dcgan": DCGANGenerator,

@@ -107,6 +107,7 @@ class SanitizedRelease:
     def _write(self, folder: Path) -> None:
         np.savez_compressed(folder / IMAGES, images=self.images, labels=self.labels)
         save_file(self.parameters, folder / GENERATOR)
+        (folder / GENERATOR).chmod((folder / IMAGES).stat().st_mode)  # safetensors makes files that their owner alone may read
         (folder / CARD).write_text(make_card(self.certificate), encoding="utf-8")
         images, labels = self.dataset().tensors()
         per_class = min(10, int(torch.bincount(labels).max()))

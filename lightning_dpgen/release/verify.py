@@ -38,7 +38,8 @@ def verify_release(path: str | os.PathLike[str]) -> dict[str, Any]:
     folder = Path(path)
     file = folder / CERTIFICATE
     if not file.is_file():
-        raise InvalidRelease(f"{folder} is not a release: it has no {CERTIFICATE}.")
+        missing = f"it has no {CERTIFICATE}" if folder.exists() else "there is no such folder"
+        raise InvalidRelease(f"{folder} is not a release: {missing}.")
     try:
         certificate = json.loads(file.read_text(encoding="utf-8"))
         problems = [*_check_files(folder, certificate), *_check_figures(certificate)]

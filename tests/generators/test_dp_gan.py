@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import pytorch_lightning as pl
 import torch
-from helpers import assert_same, noised, trainer, unrelated_release
+from helpers import assert_same, noised, spied_sums, trainer, unrelated_release
 from torch.nn.functional import softplus
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dpgen import DPGAN, DPStrategy, SanitizedRelease, load_release
 from lightning_dpgen.privacy import GaussianMechanism, PoissonSampling
-from lightning_dpgen.privacy.clipping import tensors_of
 from lightning_dpgen.release.certificate import make_certificate
 
 SHAPE = {"num_classes": 10, "image_shape": (1, 8, 8)}
@@ -45,14 +44,7 @@ class Fixed:
 @pytest.mark.parametrize("grad_sample", ["hooks", "ghost"])
 def test_a_record_and_its_fake_are_clipped_as_one(tmp_path, monkeypatch, digit_records, preset, grad_sample, networks):
     Fixed(monkeypatch)
-    sums = []
-    release = GaussianMechanism.release
-
-    def spy(mechanism, name, contribution):
-        sums.append({key: value.clone() for key, value in tensors_of(contribution).items()})
-        return release(mechanism, name, contribution)
-
-    monkeypatch.setattr(GaussianMechanism, "release", spy)
+    sums = spied_sums(monkeypatch)
     module, clip = gan(preset, **networks), 0.05
     before = {name: value.clone() for name, value in module.state_dict().items()}
     strategy = DPStrategy(noise_multiplier=0.0, clip_norm=clip, grad_sample=grad_sample)
@@ -148,14 +140,7 @@ def test_its_release_holds_the_average_and_nothing_of_the_discriminator(tmp_path
 
 def test_one_nan_record_spoils_no_other(tmp_path, monkeypatch, digit_records):
     Fixed(monkeypatch)
-    sums = []
-    release = GaussianMechanism.release
-
-    def spy(mechanism, name, contribution):
-        sums.append({key: value.clone() for key, value in tensors_of(contribution).items()})
-        return release(mechanism, name, contribution)
-
-    monkeypatch.setattr(GaussianMechanism, "release", spy)
+    sums = spied_sums(monkeypatch)
     images, labels = digit_records.tensors
     spoilt = images.clone()
     spoilt[0] = float("nan")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import pytorch_lightning as pl
 import torch
-from helpers import assert_same, trainer, unrelated_release
+from helpers import assert_same, spied_sums, trainer, unrelated_release
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dpgen import DPMERF, DigitsDataModule, DPStrategy, SanitizedRelease, load_release, tstr
@@ -56,14 +56,7 @@ def test_no_record_moves_the_sum_by_more_than_its_sensitivity(digits):
 
 
 def test_one_pass_in_chunks_is_the_sum_over_records(tmp_path, monkeypatch, records):
-    sums = []
-    release = GaussianMechanism.release
-
-    def spy(mechanism, name, contribution):
-        sums.append({key: value.clone() for key, value in tensors_of(contribution).items()})
-        return release(mechanism, name, contribution)
-
-    monkeypatch.setattr(GaussianMechanism, "release", spy)
+    sums = spied_sums(monkeypatch)
     module, run = fitted(tmp_path, records, strategy=DPStrategy(noise_multiplier=0.0))
     assert len(sums) == run.global_step == len(run.strategy.ledger) == 1
     images, labels = records.tensors

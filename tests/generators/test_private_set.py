@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import pytorch_lightning as pl
 import torch
-from helpers import assert_same, unrelated_release
+from helpers import assert_same, spied_sums, unrelated_release
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -42,28 +42,14 @@ class KeepMomentum(pl.Callback):
         self.momentum = torch.cat([value.flatten() for state in states for value in state.values() if value is not None]).clone()
 
 
-class Spy:
-    """Keeps what goes through the door."""
-
-    def __init__(self, monkeypatch):
-        self.sums = []
-        release = GaussianMechanism.release
-
-        def spy(mechanism, name, contribution):
-            self.sums.append({key: value.clone() for key, value in tensors_of(contribution).items()})
-            return release(mechanism, name, contribution)
-
-        monkeypatch.setattr(GaussianMechanism, "release", spy)
-
-
 def test_the_released_sum_is_the_loop_over_records(tmp_path, monkeypatch, digit_records):
-    spy = Spy(monkeypatch)
+    sums = spied_sums(monkeypatch)
     module = generator(chunk_size=7)
     run = trainer(tmp_path, 1, DPStrategy(noise_multiplier=0.0))
     run.fit(module, DataLoader(digit_records, batch_size=64))  # q = 1: every record
     network, clip_norm = module.network.requires_grad_(True), module.schedule.clip_norm
     expected: dict[str, torch.Tensor] = {}
-    names = list(spy.sums[0])
+    names = list(sums[0])
     for image, label in digit_records:
         network.zero_grad()
         F.cross_entropy(network(image[None]), label[None]).backward()
@@ -72,11 +58,11 @@ def test_the_released_sum_is_the_loop_over_records(tmp_path, monkeypatch, digit_
         for name, value in row.items():
             expected[name] = expected.get(name, 0) + value * min(1.0, clip_norm / float(norm))
     for name, value in expected.items():
-        torch.testing.assert_close(spy.sums[0][name], value.double(), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(sums[0][name], value.double(), atol=1e-5, rtol=1e-4)
 
 
 def test_released_features_are_the_loop_over_records(tmp_path, monkeypatch, digit_records):
-    spy = Spy(monkeypatch)
+    sums = spied_sums(monkeypatch)
     module = generator(matching="features", chunk_size=7, schedule_overrides={"clip_norm": 0.3})
     start = module.images.detach().clone()
     run = trainer(tmp_path, 1, DPStrategy(noise_multiplier=0.0))
@@ -88,8 +74,8 @@ def test_released_features_are_the_loop_over_records(tmp_path, monkeypatch, digi
         row = features_of(network, image[None])[0] - centers[label]
         sums[label] += row * min(1.0, 0.3 / float(row.norm()))
         counts[label] += 0.3 * 0.3
-    torch.testing.assert_close(spy.sums[0]["sums"], sums, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(spy.sums[0]["counts"], counts, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(sums[0]["sums"], sums, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(sums[0]["counts"], counts, atol=1e-5, rtol=1e-4)
     assert run.strategy.plan.releases[0].clip_norm == pytest.approx(0.3 * 1.09**0.5)
     # The images are matched to the classes' mean features, whatever the sizes of the classes.
     expected = centers + sums.float() / torch.bincount(digit_records.tensors[1], minlength=10)[:, None]
@@ -118,15 +104,15 @@ def test_no_record_moves_the_feature_sums_by_more_than_their_sensitivity(digits)
 
 
 def test_no_record_moves_the_released_sum_by_more_than_the_clip_norm(tmp_path, monkeypatch, digits):
-    spy = Spy(monkeypatch)
+    sums = spied_sums(monkeypatch)
     for poison in (None, 0.0, 1e4, float("nan")):
         torch.manual_seed(0)
         images, labels = digits[0][:32].clone(), digits[1][:32].clone()
         if poison is not None:
             images[3], labels[3] = poison, 9 - labels[3]
         trainer(tmp_path, 1).fit(generator(), DataLoader(TensorDataset(images, labels), batch_size=32))
-    for changed in spy.sums[1:]:
-        moved = torch.sqrt(sum((changed[name] - spy.sums[0][name]).square().sum() for name in changed))
+    for changed in sums[1:]:
+        moved = torch.sqrt(sum((changed[name] - sums[0][name]).square().sum() for name in changed))
         assert moved <= 2 * generator().schedule.clip_norm * (1 + 1e-5)  # replaced: 2C
 
 

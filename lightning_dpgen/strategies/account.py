@@ -255,7 +255,8 @@ class PrivacyAccount:
                 return calibrate_noise_multiplier(plan, budget, earlier)
         raise BudgetExhausted(
             f"ledger {ledger.run_id} already comes to epsilon={figure:.3f} (what its runs had planned); with this run's releases it "
-            f"cannot stay within {budget.epsilon:g}. Use a larger budget, for all of them together, less in the first of them, or a ledger of other records."
+            f"cannot stay within {budget.epsilon:g}. Use a larger budget, for all of them together, less in the first of them, or a "
+            "ledger of other records."
         )
 
     def _open_ledger(self, folder: Path, previous: dict[str, Any] | None) -> PrivacyLedger:

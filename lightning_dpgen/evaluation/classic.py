@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,6 +22,8 @@ from sklearn.tree import DecisionTreeClassifier
 from torch import Tensor
 
 from lightning_dpgen.evaluation.tstr import TSTRTable
+
+log = logging.getLogger(__name__)
 
 CLASSIC_PROTOCOL = "classic"
 CLASSIC: dict[str, Callable[[int], Any]] = {
@@ -60,7 +63,7 @@ def classic(
         Reads real test records: evaluation, outside the guarantee.
 
     Raises:
-        ValueError: For an unknown classifier, or images of different shapes.
+        ValueError: For an unknown classifier, or images of different shapes. With too few images LDA is left out, and said so.
     """
     names = list(classifiers or CLASSIC)
     unknown = sorted(set(names) - set(CLASSIC))
@@ -68,6 +71,9 @@ def classic(
         raise ValueError(f"there is no classifier {', '.join(unknown)}; there are {', '.join(CLASSIC)}.")
     if synthetic[0].shape[1:] != real_test[0].shape[1:]:
         raise ValueError(f"synthetic images are {tuple(synthetic[0].shape[1:])}, real ones {tuple(real_test[0].shape[1:])}.")
+    if len(synthetic[0]) <= num_classes and "LDA" in names:
+        log.warning("LDA needs more images than classes, and there are %d: it is left out.", len(synthetic[0]))
+        names.remove("LDA")
     images, labels = _arrays(synthetic)
     test_images, test_labels = _arrays(real_test)
     table = TSTRTable(CLASSIC_PROTOCOL, len(images))

@@ -33,3 +33,11 @@ def test_seeds_repeat_and_bad_input_is_refused(records):
         classic(*records, 10, classifiers=["SVM"])
     with pytest.raises(ValueError, match=r"\(1, 9, 9\)"):
         classic((torch.rand(20, 1, 9, 9), labels[:20]), real, 10, classifiers=["LDA"])
+
+
+def test_one_image_a_class_is_enough_for_all_but_lda(records, caplog):
+    (images, labels), real = records
+    first = torch.stack([torch.nonzero(labels == label)[0, 0] for label in range(10)])
+    table = classic((images[first], labels[first]), real, 10, show_progress=False)
+    assert list(table.accuracy) == [name for name in CLASSIC if name != "LDA"]
+    assert "LDA needs more images" in caplog.text

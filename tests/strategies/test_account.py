@@ -140,7 +140,7 @@ def test_a_release_is_of_the_module_that_was_trained(tmp_path):
     run = psg_fit(tmp_path, generator(), DPStrategy(epsilon=5.0), 2)
     other = generator()
     run.strategy.connect(other)
-    with pytest.raises(NotCertifiable, match="another PrivateSetGeneration"):
+    with pytest.raises(NotCertifiable, match="not the last to train"):
         SanitizedRelease.from_trainer(run)
 
 

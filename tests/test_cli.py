@@ -191,7 +191,7 @@ def test_calibrate_shows_a_mixtures_releases_and_size(place, capsys):
     assert "cluster_moments" in table
     assert table.count("clusters a class") == 2
     assert main(["calibrate", "--method=mixture", "--records=60000", "--epsilon=1.0", "--steps=5"]) == 1
-    assert "Leave them out" in capsys.readouterr().err
+    assert "Leave it out" in capsys.readouterr().err
 
 
 def test_mistakes_are_named(place, capsys):

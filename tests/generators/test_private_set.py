@@ -62,7 +62,7 @@ def test_the_released_sum_is_the_loop_over_records(tmp_path, monkeypatch, digit_
 
 
 def test_released_features_are_the_loop_over_records(tmp_path, monkeypatch, digit_records):
-    sums = spied_sums(monkeypatch)
+    spied = spied_sums(monkeypatch)
     module = generator(matching="features", chunk_size=7, schedule_overrides={"clip_norm": 0.3})
     start = module.images.detach().clone()
     run = trainer(tmp_path, 1, DPStrategy(noise_multiplier=0.0))
@@ -74,8 +74,8 @@ def test_released_features_are_the_loop_over_records(tmp_path, monkeypatch, digi
         row = features_of(network, image[None])[0] - centers[label]
         sums[label] += row * min(1.0, 0.3 / float(row.norm()))
         counts[label] += 0.3 * 0.3
-    torch.testing.assert_close(sums[0]["sums"], sums, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(sums[0]["counts"], counts, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(spied[0]["sums"], sums, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(spied[0]["counts"], counts, atol=1e-5, rtol=1e-4)
     assert run.strategy.plan.releases[0].clip_norm == pytest.approx(0.3 * 1.09**0.5)
     # The images are matched to the classes' mean features, whatever the sizes of the classes.
     expected = centers + sums.float() / torch.bincount(digit_records.tensors[1], minlength=10)[:, None]

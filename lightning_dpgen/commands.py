@@ -22,7 +22,7 @@ from lightning_dpgen.evaluation.classic import CLASSIC_PROTOCOL, classic
 from lightning_dpgen.evaluation.fidelity import fidelity, load_feature_network, save_feature_network, train_feature_network
 from lightning_dpgen.evaluation.picture import draw_tables
 from lightning_dpgen.evaluation.protocols import PROTOCOLS
-from lightning_dpgen.evaluation.tstr import print_table, tstr
+from lightning_dpgen.evaluation.tstr import class_accuracy, print_table, tstr
 from lightning_dpgen.generators.mixture_ppca import CLUSTER_SUMS, mixture_plan, mixture_size
 from lightning_dpgen.privacy.accounting import calibrate_noise_multiplier, epsilon
 from lightning_dpgen.privacy.budget import PrivacyBudget
@@ -224,12 +224,8 @@ def feature_network(
     images, labels = module.train_records.tensors()
     network = train_feature_network(images, labels, module.num_classes, positive_int("updates", updates), seed)
     save_feature_network(network, output)
-    test_images, test_labels = module.real_test()
-    with torch.no_grad():
-        right = torch.cat([network.logits(part).argmax(1) for part in test_images.split(500)]) == test_labels
-    Console().print(
-        f"Written: {output}; it classifies {100 * float(right.double().mean()):.2f} % of the real test records.", soft_wrap=True
-    )
+    percent, _ = class_accuracy(torch.nn.Sequential(network, network.head), *module.real_test(), module.num_classes)
+    Console().print(f"Written: {output}; it classifies {percent:.2f} % of the real test records.", soft_wrap=True)
 
 
 def _data_module(data: str, root: str) -> PrivateDataModule:

@@ -6,6 +6,7 @@ Privacy-Preserving Data Generation" (AISTATS 2021).
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -202,11 +203,11 @@ class DPMERF(FullPassGenerator):
 
     def knobs(self) -> dict[str, dict[str, Any]]:
         """The arguments, each with its origin."""
-        defaults = {"num_frequencies": 2000, "generator": "mlp", "latent_dim": 5, "generator_steps": 2000}
-        defaults |= {"images_per_class": 20, "frequencies_per_step": 1000, "lr": 0.01}
+        parameters = inspect.signature(type(self).__init__).parameters
         found = {
-            name: {"value": self.hparams[name], "origin": TUNED if self.hparams[name] == value else "set by the user"}
-            for name, value in defaults.items()
+            name: {"value": value, "origin": TUNED if value == parameters[name].default else "set by the user"}
+            for name, value in self.hparams.items()
+            if name not in ("num_classes", "image_shape")
         }
         if int(self.steps_made) != self.generator_steps:
             found["generator_steps"] = {"value": int(self.steps_made), "origin": "set by the user"}

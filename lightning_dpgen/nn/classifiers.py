@@ -29,14 +29,18 @@ def _first_padding(image_shape: ImageShape) -> int:
 class _Classifier(nn.Module):
     """Features, flattened, then a head."""
 
+    memory_format = torch.contiguous_format
+    """Of convolutions and images: ``channels_last`` puts a pixel's channels side by side, where that is faster on a CPU."""
+
     def __init__(self, features: nn.Module, head: Callable[[int], nn.Module], image_shape: ImageShape) -> None:
         super().__init__()
         self.features = features
         self.head = head(_features(features, image_shape))
+        self.to(memory_format=self.memory_format)  # type: ignore[call-overload]
 
     def forward(self, images: Tensor) -> Tensor:
         """``[N, C, H, W]`` images in [0, 1] to ``[N, num_classes]`` logits."""
-        return self.head(self.features(images).flatten(1))
+        return self.head(self.features(images.contiguous(memory_format=self.memory_format)).flatten(1))
 
 
 class ConvNet(_Classifier):
@@ -67,6 +71,8 @@ class ConvNet(_Classifier):
 
 class LeNet(_Classifier):
     """LeNet-5 with ReLU and max pooling."""
+
+    memory_format = torch.channels_last
 
     def __init__(self, num_classes: int, image_shape: ImageShape) -> None:
         padding = 2 if image_shape[1] <= 28 else 0
@@ -182,6 +188,8 @@ class LogisticRegression(_Classifier):
 class CNN(_Classifier):
     """Three blocks of 3 × 3 convolution, ReLU, max pooling (32, 64, 128 channels), dropout, a linear head."""
 
+    memory_format = torch.channels_last
+
     def __init__(self, num_classes: int, image_shape: ImageShape) -> None:
         layers: list[nn.Module] = []
         channels = image_shape[0]
@@ -190,11 +198,6 @@ class CNN(_Classifier):
             channels = out
         layers.append(nn.Dropout(0.5))
         super().__init__(nn.Sequential(*layers), lambda n: nn.Linear(n, num_classes), image_shape)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-
-    def forward(self, images: Tensor) -> Tensor:
-        """As every classifier, with the channels of a pixel side by side in memory: a fifth faster on a CPU."""
-        return super().forward(images.contiguous(memory_format=torch.channels_last))
 
 
 class TanhCNN(_Classifier):

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dpgen import DigitsDataModule, DPStrategy, PrivateSetGeneration
 from lightning_dpgen.generators.matching import centred_feature_sums, class_features, features_of, gradient_distance, schedule
+from lightning_dpgen.nn.augmentation import augment
 from lightning_dpgen.privacy import GaussianMechanism, PoissonSampling, RowDependenceError, check_row_independence
 from lightning_dpgen.privacy.clipping import per_record_gradients, tensors_of
 
@@ -42,9 +43,10 @@ class KeepMomentum(pl.Callback):
         self.momentum = torch.cat([value.flatten() for state in states for value in state.values() if value is not None]).clone()
 
 
-def test_the_released_sum_is_the_loop_over_records(tmp_path, monkeypatch, digit_records):
+@pytest.mark.parametrize("moved", [False, True])
+def test_the_released_sum_is_the_loop_over_records(tmp_path, monkeypatch, digit_records, moved):
     sums = spied_sums(monkeypatch)
-    module = generator(chunk_size=7)
+    module = generator(chunk_size=7, schedule_overrides={"augment": moved})
     run = trainer(tmp_path, 1, DPStrategy(noise_multiplier=0.0))
     run.fit(module, DataLoader(digit_records, batch_size=64))  # q = 1: every record
     network, clip_norm = module.network.requires_grad_(True), module.schedule.clip_norm
@@ -52,7 +54,8 @@ def test_the_released_sum_is_the_loop_over_records(tmp_path, monkeypatch, digit_
     names = list(sums[0])
     for image, label in digit_records:
         network.zero_grad()
-        F.cross_entropy(network(image[None]), label[None]).backward()
+        seen = augment(image[None], module._drawn) if moved else image[None]
+        F.cross_entropy(network(seen), label[None]).backward()
         row = {name: network.get_parameter(name).grad for name in names}
         norm = torch.sqrt(sum(value.square().sum() for value in row.values()))
         for name, value in row.items():
@@ -61,17 +64,19 @@ def test_the_released_sum_is_the_loop_over_records(tmp_path, monkeypatch, digit_
         torch.testing.assert_close(sums[0][name], value.double(), atol=1e-5, rtol=1e-4)
 
 
-def test_released_features_are_the_loop_over_records(tmp_path, monkeypatch, digit_records):
+@pytest.mark.parametrize("moved", [False, True])
+def test_released_features_are_the_loop_over_records(tmp_path, monkeypatch, digit_records, moved):
     spied = spied_sums(monkeypatch)
-    module = generator(matching="features", chunk_size=7, schedule_overrides={"clip_norm": 0.3})
+    module = generator(matching="features", chunk_size=7, schedule_overrides={"clip_norm": 0.3, "augment": moved})
     start = module.images.detach().clone()
     run = trainer(tmp_path, 1, DPStrategy(noise_multiplier=0.0))
     run.fit(module, DataLoader(digit_records, batch_size=64))  # q = 1: every record
     network = module.network.features
-    centers = features_of(network, start).view(10, 2, -1).mean(1)
+    centers = features_of(network, augment(start, module._drawn) if moved else start).view(10, 2, -1).mean(1)
     sums, counts = torch.zeros_like(centers, dtype=torch.float64), torch.zeros(10, dtype=torch.float64)
     for image, label in digit_records:
-        row = features_of(network, image[None])[0] - centers[label]
+        seen = augment(image[None], module._drawn) if moved else image[None]
+        row = features_of(network, seen)[0] - centers[label]
         sums[label] += row * min(1.0, 0.3 / float(row.norm()))
         counts[label] += 0.3 * 0.3
     torch.testing.assert_close(spied[0]["sums"], sums, atol=1e-5, rtol=1e-4)
@@ -103,14 +108,16 @@ def test_no_record_moves_the_feature_sums_by_more_than_their_sensitivity(digits)
     assert float(torch.cdist(moved, moved).max()) <= 2 * radius * (1 + 1e-5)
 
 
-def test_no_record_moves_the_released_sum_by_more_than_the_clip_norm(tmp_path, monkeypatch, digits):
+@pytest.mark.parametrize("augmented", [False, True])
+def test_no_record_moves_the_released_sum_by_more_than_the_clip_norm(tmp_path, monkeypatch, digits, augmented):
     sums = spied_sums(monkeypatch)
     for poison in (None, 0.0, 1e4, float("nan")):
         torch.manual_seed(0)
         images, labels = digits[0][:32].clone(), digits[1][:32].clone()
         if poison is not None:
             images[3], labels[3] = poison, 9 - labels[3]
-        trainer(tmp_path, 1).fit(generator(), DataLoader(TensorDataset(images, labels), batch_size=32))
+        module = generator(schedule_overrides={"augment": augmented})  # the seed gives every run the same draw
+        trainer(tmp_path, 1).fit(module, DataLoader(TensorDataset(images, labels), batch_size=32))
     for changed in sums[1:]:
         moved = torch.sqrt(sum((changed[name] - sums[0][name]).square().sum() for name in changed))
         assert moved <= 2 * generator().schedule.clip_norm * (1 + 1e-5)  # replaced: 2C

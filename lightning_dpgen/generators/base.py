@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_dpgen._compat import pl
 from lightning_dpgen.privacy.mechanism import GaussianMechanism
@@ -167,6 +167,46 @@ class PrivateGenerator(pl.LightningModule):
                 f"the images to start from are {tuple(images.shape[1:])}, {found} of the classes; {name} needs {self.image_shape}, "
                 f"{needed} or more of each of its {self.num_classes} classes."
             )
+
+
+class AveragedGenerator(PrivateGenerator):
+    """A generator network ``(latent, labels) -> images`` whose published weights are the average over its steps.
+
+    A subclass's ``build`` sets ``generator`` and ``average``, a copy of it; :meth:`latents` draws what the network starts from.
+    """
+
+    generator: nn.Module
+    average: nn.Module
+
+    def latents(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """``[count, latent numbers]``, where the network is."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def update_average(self, decay: float) -> None:
+        """Moves the average towards the weights as they are now."""
+        for mean, now in zip(self.average.state_dict().values(), self.generator.state_dict().values(), strict=True):
+            if mean.is_floating_point():
+                mean.lerp_(now, 1 - decay)
+            else:
+                mean.copy_(now)
+
+    def sample(self, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Images of the averaged generator, a latent of its own for each label."""
+        latent = self.latents(len(labels), generator)
+        self.average.eval()
+        with torch.no_grad():
+            parts = zip(latent.split(1000), labels.to(latent.device).split(1000), strict=True)
+            return torch.cat([self.average(z, y) for z, y in parts]).float().clamp(0, 1)
+
+    def public_state(self) -> dict[str, Tensor]:
+        """The averaged generator, and nothing else."""
+        return dict(self.average.state_dict())
+
+    def take_public_state(self, state: dict[str, Tensor]) -> None:
+        """What :meth:`load_public_state` does."""
+        self.average.load_state_dict(state)
+        self.generator.load_state_dict(state)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from lightning_dpgen._validate import fail, one_of, positive, positive_int
-from lightning_dpgen.generators.base import PrivateGenerator
+from lightning_dpgen.generators.base import AveragedGenerator
 from lightning_dpgen.nn.critics import DISCRIMINATORS
 from lightning_dpgen.nn.generators import GENERATORS
 
@@ -86,7 +86,7 @@ POOL = 1000
 """Generated images from which records' partners are drawn until the generator has changed."""
 
 
-class DPGAN(PrivateGenerator):
+class DPGAN(AveragedGenerator):
     """A conditional GAN whose discriminator alone sees records, by DP-SGD; the strategy clips, sums and noises.
 
     One trainer step is one Poisson lot and one step of the discriminator. After every ``discriminator_steps`` of them the generator
@@ -182,18 +182,12 @@ class DPGAN(PrivateGenerator):
             self.manual_backward(softplus(-self.discriminator(fake, labels)).mean())
             optimizer.optimizer.step()  # not through Lightning, which would count it: one trainer step is one release
             self.untoggle_optimizer(optimizer)
-            with torch.no_grad():
-                for mean, now in zip(self.average.parameters(), self.generator.parameters(), strict=True):
-                    mean.lerp_(now, 1 - self.schedule.average)
+            self.update_average(self.schedule.average)
             self._fill_pool()
 
     @torch.no_grad()
     def _fill_pool(self) -> None:
         self._pool = self._images(POOL)
-
-    @property
-    def _kind(self) -> torch.dtype:
-        return next(self.generator.parameters()).dtype
 
     def _optimizers(self) -> list[Any]:
         return cast("list[Any]", self.optimizers())
@@ -201,24 +195,12 @@ class DPGAN(PrivateGenerator):
     def _images(self, count: int) -> tuple[Tensor, Tensor]:
         """Generated images of uniform labels, each drawn by itself."""
         labels = torch.randint(self.num_classes, (count,), device=self.device)
-        return self.generator(torch.randn((count, self.schedule.latent_dim), device=self.device, dtype=self._kind), labels), labels
+        return self.generator(self.latents(count), labels), labels
 
-    def sample(self, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Images of the averaged generator, a latent of its own for each label."""
-        labels = labels.to(self.device)
-        latent = torch.randn((len(labels), self.schedule.latent_dim), generator=generator, device=self.device, dtype=self._kind)
-        with torch.no_grad():
-            parts = zip(latent.split(1000), labels.split(1000), strict=True)
-            return torch.cat([self.average(z, y) for z, y in parts]).float().clamp(0, 1)
-
-    def public_state(self) -> dict[str, Tensor]:
-        """The averaged generator."""
-        return dict(self.average.state_dict())
-
-    def take_public_state(self, state: dict[str, Tensor]) -> None:
-        """What :meth:`load_public_state` does."""
-        self.average.load_state_dict(state)
-        self.generator.load_state_dict(state)
+    def latents(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """Normal numbers."""
+        kind = next(self.generator.parameters()).dtype
+        return torch.randn((count, self.schedule.latent_dim), generator=generator, device=self.device, dtype=kind)
 
     def knobs(self) -> dict[str, dict[str, Any]]:
         """The schedule's fields with their origin."""

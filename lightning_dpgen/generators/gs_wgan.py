@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_dpgen._validate import fail, non_negative, one_of, positive, positive_int
-from lightning_dpgen.generators.base import PrivateGenerator, check_batch
+from lightning_dpgen.generators.base import AveragedGenerator, check_batch
 from lightning_dpgen.generators.critic_ensemble import CriticEnsemble, PotentialCritics, Shards, fingerprints
 from lightning_dpgen.nn.critics import CRITICS
 from lightning_dpgen.nn.generators import GENERATORS
@@ -42,7 +42,7 @@ SILENT = ("origin", "warm_up_checkpoint")
 """Arguments that shape nothing."""
 
 
-class GSWGAN(PrivateGenerator):
+class GSWGAN(AveragedGenerator):
     """Learns a label-conditional generator from the answers of ``num_critics`` critics on disjoint shards.
 
     One trainer step is one step of the generator: for each of ``batch_size`` generated images, about ``critics_per_sample``
@@ -291,7 +291,7 @@ class GSWGAN(PrivateGenerator):
         of_class = torch.arange(self.num_classes, device=self.device).repeat_interleave(FAKES)
         self.generator.train()
         with torch.no_grad():
-            pool = functional_call(self.generator, state, (self._latent(len(of_class)), of_class))
+            pool = functional_call(self.generator, state, (self.latents(len(of_class)), of_class))
         return pool[labels * FAKES + torch.randint(FAKES, labels.shape, device=self.device)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -336,7 +336,7 @@ class GSWGAN(PrivateGenerator):
                 for _ in range(self.refresh_steps):
                     self._improve_critics()
         labels = torch.arange(self.batch_size, device=self.device) * self.num_classes // self.batch_size
-        images = self.generator(self._latent(self.batch_size), labels)
+        images = self.generator(self.latents(self.batch_size), labels)
         sample, critic = (index.to(self.device) for index in self.mechanism.draw_answers(self.batch_size))
         with fresh_randomness(self.device):
             answers = self._answers(images.detach(), labels, sample, critic)
@@ -350,7 +350,7 @@ class GSWGAN(PrivateGenerator):
         optimizer.zero_grad()
         self.manual_backward((images * self._pixels(direction)).sum() / self.batch_size)
         optimizer.step()
-        self._update_average()
+        self.update_average(self.average_decay)
 
     def images_to_start_from(self) -> int:
         """At least one."""
@@ -363,7 +363,7 @@ class GSWGAN(PrivateGenerator):
         of_class = torch.arange(self.num_classes, device=self.device).repeat_interleave(FAKES)
         present = torch.ones((self.num_classes, START_IMAGES), dtype=torch.bool, device=self.device)
         for _ in track(range(START_STEPS), "Start from images", transient=True, disable=self.trainer.progress_bar_callback is None):
-            made = self.generator(self._latent(len(of_class)), of_class)
+            made = self.generator(self.latents(len(of_class)), of_class)
             mine = self._points(made.detach()).view(self.num_classes, FAKES, -1)
             theirs = torch.stack([points[torch.randint(len(points), (START_IMAGES,), device=self.device)] for points in by_class])
             direction = critics.directions(mine, theirs, present).flatten(0, 1)
@@ -385,7 +385,7 @@ class GSWGAN(PrivateGenerator):
     def _away_from_each_other(self, critics: PotentialCritics, images: Tensor, labels: Tensor) -> Tensor:
         """The same potentials between the batch and another: what a batch drawn from the generator itself would answer. Public."""
         with torch.no_grad():
-            other = self.generator(self._latent(len(labels)), labels)
+            other = self.generator(self.latents(len(labels)), labels)
         mine, others = (self._points(part).view(self.num_classes, -1, len(self.waves)) for part in (images, other))
         present = torch.ones(others.shape[:2], dtype=torch.bool, device=others.device)
         return critics.directions(mine, others, present).flatten(0, 1)
@@ -397,38 +397,14 @@ class GSWGAN(PrivateGenerator):
     def _pixels(self, points: Tensor) -> Tensor:
         return (points.to(self.waves.dtype) @ self.waves).view(-1, *self.image_shape)
 
-    def _latent(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+    def latents(self, count: int, generator: torch.Generator | None = None) -> Tensor:
+        """Normal numbers or fair coins."""
         shape, device = (count, self.latent_dim), self.waves.device
         if self.latent == "normal":
             return torch.randn(shape, generator=generator, device=device).to(self.waves.dtype)
         return torch.randint(2, shape, generator=generator, device=device).to(self.waves.dtype)
 
-    @torch.no_grad()
-    def _update_average(self) -> None:
-        for mean, now in zip(self.average.state_dict().values(), self.generator.state_dict().values(), strict=True):
-            if mean.is_floating_point():
-                mean.lerp_(now, 1 - self.average_decay)
-            else:
-                mean.copy_(now)
-
     # What may be published ------------------------------------------------------------------------------------------
-
-    def sample(self, labels: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Images of the averaged generator, a latent of its own for each label."""
-        latent = self._latent(len(labels), generator)
-        self.average.eval()
-        with torch.no_grad():
-            parts = zip(latent.split(1000), labels.to(latent.device).split(1000), strict=True)
-            return torch.cat([self.average(z, y) for z, y in parts]).float().clamp(0, 1)
-
-    def public_state(self) -> dict[str, Tensor]:
-        """The averaged generator, and nothing of any critic."""
-        return dict(self.average.state_dict())
-
-    def take_public_state(self, state: dict[str, Tensor]) -> None:
-        """What :meth:`load_public_state` does."""
-        self.average.load_state_dict(state)
-        self.generator.load_state_dict(state)
 
     def knobs(self) -> dict[str, dict[str, Any]]:
         """Every argument that shaped the result, and the critics' minibatch, each with its origin."""

@@ -1,101 +1,89 @@
 """The convergence figure: TSTR against updates and against ε, for 1, 10 and 20 images a class, with and without the generator prior.
 
-    python benchmarks/convergence.py              # runs what is missing, about a quarter of an hour a curve on one thread
-    python benchmarks/convergence.py --draw       # draws docs/convergence.png from the logs
+    python benchmarks/convergence.py --scale cpu   # trains and evaluates what is missing, 3 to 30 minutes a curve on one thread
+    python benchmarks/convergence.py --draw        # draws docs/convergence.png from the logs
 
-Private set generation by gradient matching (``preset="cpu"``), (10, 1e-5); ConvNet of ``quick``, one evaluation seed. Each run's
-log, with ε and accuracy by step, is kept as ``benchmarks/results/convergence/RUN.csv``.
+Private set generation by gradient matching at (10, 1e-5): the cells of ``table.py`` that have the method's name, whose sets it keeps six
+times a run. Each of these is evaluated by the ConvNet of ``quick``, one seed, and logged with ε as a line of
+``benchmarks/results/convergence-SCALE.csv``.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import itertools
-import logging
 from pathlib import Path
 
-import pytorch_lightning as pl
-from lightning_dpgen.callbacks import TSTREvaluation
+import numpy as np
+import table
+import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from pytorch_lightning.loggers import CSVLogger
 
-from lightning_dpgen import DPStrategy, FashionMNISTDataModule, MNISTDataModule, PrivateSetGeneration
+from lightning_dpgen import tstr
 
-DATA = {"MNIST": MNISTDataModule, "FashionMNIST": FashionMNISTDataModule}
-RUNS = list(itertools.product(DATA, (1, 10, 20), ("none", "generator")))
-LOGS = Path(__file__).parent / "results" / "convergence"
 FIGURE = Path(__file__).parent.parent / "docs" / "convergence.png"
-STEPS, EVERY, COLUMN = 120, 15, "tstr/ConvNet32"
+CLASSIFIER = {"cpu-small": "LogReg"}
+COLORS = {"1": "#4477aa", "10": "#cc6677", "20": "#117733"}
+COLUMNS = ("cell", "step", "epsilon", "accuracy")
 
 
-def log_of(data: str, images: int, prior: str) -> Path:
-    return LOGS / f"{data}-{images}-{prior}.csv"
+def log_of(scale: str) -> Path:
+    return Path(__file__).parent / "results" / f"convergence-{scale}.csv"
 
 
-def read(path: Path) -> list[dict[str, str]]:
-    with open(path, encoding="utf-8") as file:
+def logged(scale: str) -> list[dict[str, str]]:
+    path = log_of(scale)
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
-class KeepEpsilon(pl.Callback):
-    """Logs ε beside each evaluation."""
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: object) -> None:
-        if trainer.global_step % EVERY == 0:
-            trainer.logger.log_metrics({"epsilon": trainer.strategy.epsilon_spent()}, step=trainer.global_step)  # type: ignore[union-attr, attr-defined]
-
-
-def run(data: str, images: int, prior: str, root: str, device: str) -> None:
-    """One curve, logged by Lightning's CSVLogger."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    pl.seed_everything(0)
-    folder = Path("runs/convergence") / f"{data}-{images}-{prior}"
-    logger = CSVLogger(folder, name="log", version=0)
-    trainer = pl.Trainer(
-        max_steps=STEPS,
-        strategy=DPStrategy(epsilon=10, delta=1e-5),
-        accelerator=device,
-        devices=1,
-        logger=logger,
-        callbacks=[TSTREvaluation(every_n_steps=EVERY, classifiers=["ConvNet32"]), KeepEpsilon()],
-        default_root_dir=folder,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    module = PrivateSetGeneration(images, schedule_overrides={"prior": prior})
-    trainer.fit(module, datamodule=DATA[data](root=root, batch_size=2048))
-    found: dict[int, dict[str, str]] = {}
-    for row in read(Path(logger.log_dir) / "metrics.csv"):
-        found.setdefault(int(row["step"]), {}).update({key: value for key, value in row.items() if value and key in (COLUMN, "epsilon")})
-    LOGS.mkdir(parents=True, exist_ok=True)
-    with open(log_of(data, images, prior), "w", newline="") as file:
-        writer = csv.DictWriter(file, ["step", "epsilon", COLUMN])
-        writer.writeheader()
-        writer.writerows({"step": step, **values} for step, values in sorted(found.items()) if COLUMN in values and "epsilon" in values)
+def evaluate(cell: table.Cell, root: str, device: str) -> None:
+    """Evaluates each kept set of a run that is not in the log."""
+    done = {int(row["step"]) for row in logged(cell.scale) if row["cell"] == cell.name}
+    data = table.data_module(cell, root, 256)
+    real, classifier = data.real_test(), CLASSIFIER.get(cell.scale, "ConvNet32")
+    with np.load(cell.folder / "snapshots.npz") as kept:
+        labels = torch.from_numpy(kept["labels"])
+        for step, epsilon, images in zip(kept["steps"], kept["epsilons"], kept["images"], strict=True):
+            if int(step) in done:
+                continue
+            synthetic = torch.from_numpy(images)[:, None].float() / 255, labels
+            accuracy = tstr(synthetic, real, data.num_classes, "quick", [0], [classifier], show_progress=False, device=device).mean(
+                classifier
+            )
+            print(f"{cell.name}: step {step}, epsilon {epsilon:.3f}: {accuracy:.2f}", flush=True)
+            path = log_of(cell.scale)
+            is_new = not path.exists()
+            with open(path, "a", encoding="utf-8", newline="") as file:
+                writer = csv.writer(file)
+                if is_new:
+                    writer.writerow(COLUMNS)
+                writer.writerow((cell.name, int(step), f"{epsilon:.4f}", f"{accuracy:.2f}"))
 
 
-def draw() -> None:
-    """The figure, from the logs that there are."""
-    figure = Figure(figsize=(10, 7), layout="constrained")
+def draw(scale: str) -> None:
+    """The figure, from the lines that there are."""
+    found = list(dict.fromkeys(cell.data for cell in table.curves(scale)))
+    figure = Figure(figsize=(10, 3.5 * len(found)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 2, sharey="row")
-    for (data, images, prior), color in zip(RUNS, itertools.cycle(("#4477aa", "#4477aa", "#cc6677", "#cc6677", "#117733", "#117733"))):
-        path = log_of(data, images, prior)
-        if not path.exists():
+    axes = figure.subplots(len(found), 2, sharey="row", squeeze=False)
+    for cell in table.curves(scale):
+        rows = sorted((row for row in logged(scale) if row["cell"] == cell.name), key=lambda row: int(row["step"]))
+        if not rows:
             continue
-        rows = read(path)
-        label = f"{images} a class" + (", generator prior" if prior == "generator" else "")
-        for axis, key in zip(axes[list(DATA).index(data)], ("step", "epsilon"), strict=True):
-            style = "--" if prior == "generator" else "-"
-            axis.plot([float(row[key]) for row in rows], [float(row[COLUMN]) for row in rows], style, color=color, label=label, marker=".")
+        _, images, *prior = cell.method.split()
+        label = f"{images} a class" + (", generator prior" if prior else "")
+        look = {"linestyle": "--" if prior else "-", "color": COLORS[images], "marker": ".", "label": label}
+        for axis, key in zip(axes[found.index(cell.data)], ("step", "epsilon"), strict=True):
+            axis.plot([float(row[key]) for row in rows], [float(row["accuracy"]) for row in rows], **look)
             axis.set_xlabel({"step": "updates (releases)", "epsilon": "ε spent at δ = 1e-5"}[key])
-            axis.set_title(data)
+            axis.set_title(cell.data)
             axis.grid(alpha=0.3)
     for row in axes:
-        row[0].set_ylabel("ConvNet accuracy on real test records, %")
+        row[0].set_ylabel("ConvNet on real test records, %")
     axes[0][0].legend(fontsize=8)
     figure.savefig(FIGURE, dpi=110)
     print(f"written: {FIGURE}")
@@ -103,16 +91,22 @@ def draw() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=table.SCALES, default="cpu")
     parser.add_argument("--root", default="data")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--runs", default="", help="only runs whose log's name contains this")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cells", default="", help="only the curve of this name, or those whose name contains it")
+    parser.add_argument("--train", action="store_true", help="evaluate later")
     parser.add_argument("--draw", action="store_true")
     options = parser.parse_args()
-    for one in RUNS:
-        if not options.draw and options.runs in log_of(*one).stem and not log_of(*one).exists():
-            run(*one, options.root, options.device)
     if options.draw:
-        draw()
+        draw(options.scale)
+        return
+    torch.set_num_threads(options.threads)
+    chosen = table.curves(options.scale)
+    for cell in [one for one in chosen if one.name == options.cells] or [one for one in chosen if options.cells in one.name]:
+        if table.train(cell, options) and not options.train:
+            evaluate(cell, options.root, options.device)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ from lightning_dpgen import (
     SanitizedRelease,
     tstr,
 )
+from lightning_dpgen.generators import to_bytes
 
 SCALES = ("cpu-small", "cpu", "gpu-paper")
 DELTA, SEEDS, PRIOR_SHARE = 1e-5, (0, 1, 2), 0.3
@@ -111,12 +112,16 @@ def recipe(cell: Cell) -> Recipe:
         return Recipe(lambda: DPMERF(generator_steps=200 if small else 2_000), 1_000, None)
     if cell.method == "mixture":
         return Recipe(MixturePPCA, 4_096, None)
-    kind, images = cell.method.split()
+    kind, images, *prior = cell.method.split()
     if kind == "set":
         return Recipe(lambda: PrivateSetGeneration(int(images), matching="features"), 256 if small else 8_192, 5 if small else 100)
+    if paper and prior:
+        return Recipe(lambda: PrivateSetGeneration(int(images), preset="published-prior"), 256, 20_000)
     if paper:
-        return Recipe(lambda: PrivateSetGeneration(int(images), preset="published"), 256, {"10": 100_000, "20": 200_000}[images])
-    return Recipe(lambda: PrivateSetGeneration(int(images)), 256 if small else 2_048, 5 if small else 120)
+        steps = {"1": 10_000, "10": 100_000, "20": 200_000}[images]
+        return Recipe(lambda: PrivateSetGeneration(int(images), preset="published"), 256, steps)
+    overrides = {"prior": "generator"} if prior else {}
+    return Recipe(lambda: PrivateSetGeneration(int(images), schedule_overrides=overrides), 256 if small else 2_048, 6 if small else 120)
 
 
 DATA = {"MNIST": MNISTDataModule, "FashionMNIST": FashionMNISTDataModule, "digits": DigitsDataModule}
@@ -132,6 +137,28 @@ def cells(scale: str) -> list[Cell]:
     found = [Cell(scale, method, one, 10.0) for method in METHODS for one in data]
     found += [Cell(scale, method, one, 1.0) for method in AT_ONE for one in data]
     return found + ([Cell(scale, "DP-GAN hour", "MNIST", 10.0)] if scale == "cpu" else [])
+
+
+def curves(scale: str) -> list[Cell]:
+    """What ``convergence.py`` draws: 1, 10 and 20 images a class, with and without the generator prior."""
+    data = ("digits",) if scale == "cpu-small" else ("MNIST", "FashionMNIST")
+    return [Cell(scale, f"PSG {n}{prior}", one, 10.0) for one in data for n in (1, 10, 20) for prior in ("", " prior")]
+
+
+class Snapshots(pl.Callback):
+    """Keeps the images of a set six times in a run, with ε so far. Every step's images may be published, at no cost."""
+
+    def __init__(self, steps: int, path: Path) -> None:
+        self.every, self.path, self.kept = steps // 6, path, []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: PrivateSetGeneration, *args: Any) -> None:
+        if trainer.global_step % self.every == 0:
+            images = to_bytes(module.sample(module.release_labels()))
+            self.kept.append((trainer.global_step, trainer.strategy.epsilon_spent(), images))
+
+    def on_train_end(self, trainer: pl.Trainer, module: PrivateSetGeneration) -> None:
+        steps, epsilons, images = zip(*self.kept, strict=True)
+        np.savez_compressed(self.path, steps=steps, epsilons=epsilons, images=np.stack(images), labels=module.release_labels().numpy())
 
 
 def fit(cell: Cell, root: str, device: str, threads: int) -> None:
@@ -156,6 +183,8 @@ def fit(cell: Cell, root: str, device: str, threads: int) -> None:
         labels = torch.arange(first.lightning_module.num_classes).repeat_interleave(int(cell.method.split()[1]))
         SanitizedRelease.from_trainer(first, labels).save(folder / "prior", overwrite=True)
         options = {"callbacks": [Prior(str(folder / "prior"))]}
+    if cell.method.startswith("PSG"):
+        options = {"callbacks": [Snapshots(how.steps, folder / "snapshots.npz")]}
     run, module = trainer(cell.epsilon, how.steps, **options), how.module()
     run.fit(module, datamodule=data_module(cell, root, how.batch_size))
     SanitizedRelease.from_trainer(run).save(folder / "release", overwrite=True)
@@ -302,7 +331,7 @@ def main() -> None:
         print(render(options.scale))
         return
     if options.fit:
-        (cell,) = (one for one in cells(options.scale) if one.name == options.cells)
+        cell = next(one for one in [*cells(options.scale), *curves(options.scale)] if one.name == options.cells)
         fit(cell, options.root, options.device, options.threads)
         return
     small = ["LogReg"] if options.scale == "cpu-small" else None

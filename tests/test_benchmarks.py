@@ -13,12 +13,17 @@ from lightning_dpgen import PrivateGenerator
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
+def script(name, monkeypatch):
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture
 def table(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("table", BENCHMARKS / "table.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "table", module)
-    spec.loader.exec_module(module)
+    module = script("table", monkeypatch)
     monkeypatch.setattr(module, "results_file", lambda scale: tmp_path / f"{scale}.json")
     monkeypatch.chdir(tmp_path)
     return module
@@ -26,11 +31,11 @@ def table(tmp_path, monkeypatch):
 
 def test_every_cell_of_every_scale_has_a_recipe(table):
     for scale in table.SCALES:
-        for cell in table.cells(scale):
+        for cell in [*table.cells(scale), *table.curves(scale)]:
             if cell.method != "Real":
                 assert isinstance(table.recipe(cell).module(), PrivateGenerator)
     names = [cell.name for cell in table.cells("cpu")]
-    assert len(names) == len(set(names)) == 2 * (9 + 4)
+    assert len(names) == len(set(names)) == 2 * (9 + 4) + 1
 
 
 def test_results_are_kept_cell_by_cell_and_evaluations_of_another_release_are_not(table):
@@ -54,3 +59,26 @@ def test_a_cell_is_trained_evaluated_and_gone_on_with(table, monkeypatch, capsys
     capsys.readouterr()
     table.main()
     assert capsys.readouterr().out == ""  # nothing is left to do
+
+
+def test_a_curve_is_trained_evaluated_gone_on_with_and_drawn(table, tmp_path, monkeypatch, capsys):
+    convergence = script("convergence", monkeypatch)
+    monkeypatch.setattr(convergence, "log_of", lambda scale: tmp_path / "log.csv")
+    monkeypatch.setattr(convergence, "FIGURE", tmp_path / "figure.png")
+    arguments = ["convergence.py", "--scale", "cpu-small", "--cells", "PSG 1 digits 10"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    convergence.main()
+    rows = convergence.logged("cpu-small")
+    assert [int(row["step"]) for row in rows] == [1, 2, 3, 4, 5, 6]
+    spent = [float(row["epsilon"]) for row in rows]
+    assert spent == sorted(spent)
+    assert 9.5 < spent[-1] <= 10
+    assert float(rows[-1]["accuracy"]) > 50
+    (tmp_path / "log.csv").write_text("".join((tmp_path / "log.csv").read_text().splitlines(keepends=True)[:-1]))
+    capsys.readouterr()
+    convergence.main()
+    assert capsys.readouterr().out.count("\n") == 1  # the line that was lost
+    assert convergence.logged("cpu-small") == rows
+    monkeypatch.setattr(sys, "argv", [*arguments, "--draw"])
+    convergence.main()
+    assert (tmp_path / "figure.png").stat().st_size > 10_000

@@ -21,9 +21,9 @@ Synthetic images under differential privacy.
 
   fit        train a generator or classifier: dpgen fit --config examples/configs/psg_fashion_mnist.yaml
   test       test a trained classifier: dpgen test --config examples/configs/dpsgd_mnist.yaml --ckpt_path …
-  evaluate   train classifiers on a release, test them on real records: dpgen evaluate release --data FashionMNIST
+  evaluate   train classifiers on a release, test them on real records: dpgen evaluate release --data fashion_mnist
   generate   write a release's generator's images in another number or form: dpgen generate release images --per_class 100
-  feature_network  train the network in whose features evaluate compares images: dpgen feature_network features.safetensors --data MNIST
+  feature_network  train the network in whose features evaluate compares images: dpgen feature_network features.safetensors --data mnist
   calibrate  epsilon, noise and steps as a table, without data: dpgen calibrate --records 60000 --batch_size 256 --steps 1000
   verify     check a release against its certificate: dpgen verify release
 

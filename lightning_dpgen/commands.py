@@ -145,15 +145,15 @@ def _calibration_row(plan: PrivacyPlan, steps: int, noise: float, delta: float, 
 
 
 DATA: dict[str, type[PrivateDataModule]] = {
-    "MNIST": MNISTDataModule,
-    "FashionMNIST": FashionMNISTDataModule,
+    "mnist": MNISTDataModule,
+    "fashion_mnist": FashionMNISTDataModule,
     "digits": DigitsDataModule,
 }
 
 
 def evaluate(
     release: str,
-    data: Literal["MNIST", "FashionMNIST", "digits"],
+    data: str,
     root: str = "data",
     protocol: list[str] | str = "quick",
     seeds: int = 3,
@@ -164,7 +164,7 @@ def evaluate(
 
     Args:
         release: The release folder.
-        data: Which real test records: MNIST, FashionMNIST or digits. For your own images use the callback TSTREvaluation.
+        data: Which real test records: mnist, fashion_mnist or digits. For your own images use the callback TSTREvaluation.
         root: Their folder.
         protocol: quick, common, published or classic (scikit-learn's), or several: [quick,classic].
         seeds: Trainings of each classifier.
@@ -204,13 +204,11 @@ def evaluate(
     Console().print(f"Written: {folder}", highlight=False, soft_wrap=True)
 
 
-def feature_network(
-    data: Literal["MNIST", "FashionMNIST", "digits"], output: str, root: str = "data", updates: int = 1500, seed: int = 0
-) -> None:
+def feature_network(data: str, output: str, root: str = "data", updates: int = 1500, seed: int = 0) -> None:
     """Trains the small network in whose features evaluate compares images, on real training records (not private; for evaluation).
 
     Args:
-        data: MNIST, FashionMNIST or digits.
+        data: mnist, fashion_mnist or digits.
         output: A new .safetensors file.
         root: The records' folder.
         updates: Steps of Adam on 128 images.
@@ -229,7 +227,12 @@ def feature_network(
 
 
 def _data_module(data: str, root: str) -> PrivateDataModule:
-    return DATA[data]() if data == "digits" else DATA[data](root=root)  # type: ignore[call-arg]
+    """The data module of this name, which may also be written as its class is: FashionMNIST."""
+    name = {"fashionmnist": "fashion_mnist"}.get(data.lower(), data.lower())
+    if name not in DATA:
+        raise fail("data", data, "one of " + ", ".join(DATA))
+    kind = DATA[name]
+    return kind() if kind is DigitsDataModule else kind(root=root)  # type: ignore[call-arg]
 
 
 def _print_fidelity(found: dict[str, float]) -> None:

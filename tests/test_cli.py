@@ -155,7 +155,8 @@ def test_generate_and_evaluate(place, capsys):
     table = json.loads((place / "release-evaluation" / "tstr-quick.json").read_text())
     rows = list(csv.DictReader(open(place / "release-evaluation" / "tstr-quick.csv")))
     assert {row["classifier"] for row in rows} == set(table["classifiers"]) == {"ConvNet32", "LeNet", "MLP", "LogReg"}
-    assert main(["evaluate", "release", "--data", "MNIST", "--root", "nowhere"]) == 1
+    for name in ("mnist", "MNIST", "fashion_mnist", "FashionMNIST"):
+        assert main(["evaluate", "release", "--data", name, "--root", "nowhere"]) == 1
     assert "is missing" in capsys.readouterr().err
 
 

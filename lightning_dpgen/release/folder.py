@@ -45,6 +45,11 @@ class SanitizedRelease:
     certificate: dict[str, Any]
     parameters: dict[str, Tensor]
 
+    def __repr__(self) -> str:
+        """One line; the certificate and the arrays are long."""
+        generator = self.certificate["generator"]["class"]
+        return f"SanitizedRelease({len(self.images)} images of {len(self.class_names)} classes by {generator}, epsilon={self.epsilon:.4f})"
+
     @classmethod
     def from_trainer(cls, trainer: pl.Trainer, labels: Tensor | None = None) -> SanitizedRelease:
         """The release of a finished run.

@@ -66,6 +66,7 @@ def test_a_release_holds_images_certificate_card_and_preview(original):
     loaded = load_release(path)
     module = run.lightning_module
     assert loaded.images.shape == (20, 8, 8)
+    assert repr(loaded).startswith("SanitizedRelease(20 images of 10 classes by PrivateSetGeneration, epsilon=4.")
     np.testing.assert_array_equal(loaded.images, (module.average[:, 0].clamp(0, 1) * 255).round().to(torch.uint8).numpy())
     assert loaded.labels.tolist() == module.labels.tolist()
     image, label = loaded.dataset()[3]

@@ -138,6 +138,9 @@ class MLPDiscriminator(_Discriminator):
 class JoinedDiscriminator(MLPDiscriminator):
     """Pixels and class → 128 → 1: DP-CGAN's.
 
+    The class's input is a third of all pixels' norm, √(C·H·W) / 3. As 1, it is lost among them: noise drowns its weights before they
+    have grown, and every class gets the same images.
+
     Args:
         num_classes: Number of classes.
         image_shape: ``(C, H, W)``.
@@ -146,10 +149,12 @@ class JoinedDiscriminator(MLPDiscriminator):
     def __init__(self, num_classes: int, image_shape: ImageShape) -> None:
         super().__init__(1, (math.prod(image_shape) + num_classes, 1, 1))
         self.num_classes = num_classes
+        self.of_class = math.sqrt(math.prod(image_shape)) / 3
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         """``[N, C, H, W]`` in [0, 1] and ``[N]`` to ``[N]``."""
-        joined = torch.cat([(2 * images - 1).flatten(-3), F.one_hot(labels, self.num_classes).to(images.dtype)], -1)
+        which = self.of_class * F.one_hot(labels, self.num_classes).to(images.dtype)
+        joined = torch.cat([(2 * images - 1).flatten(-3), which], -1)
         score: Tensor = self.body(joined[..., None, None])
         return score[..., 0]
 

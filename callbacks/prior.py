@@ -16,7 +16,7 @@ from lightning_dpgen.strategies.private import PrivateTraining
 
 
 class Prior(pl.Callback):
-    """Starts a private set's images, or a GAN's generator, from a release: for example of :class:`MixturePPCA`.
+    """Starts a private set's images, or GS-WGAN's generator, from a release: for example of :class:`MixturePPCA`.
 
     Both runs share one ledger and one budget: the first spends a part, the second what is left. With the same
     ``default_root_dir`` the second finds the first's ledger by itself.

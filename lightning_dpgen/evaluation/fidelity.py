@@ -115,6 +115,9 @@ def fidelity(synthetic: Tensor, real: Tensor, network: FeatureNetwork, neighbour
         ``fid`` (least is best), ``inception_score``, ``precision`` (the part of synthetic images within the real ones' reach),
         ``recall`` (the part of real images within the synthetic ones'). The Fréchet distance of few images is biased upwards.
 
+    Privacy:
+        Outside the guarantee: a function of real test records and, by the network, of the real training records that it was trained on.
+
     Raises:
         ValueError: For images of another shape than the network's, or too few.
     """

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_dpgen._compat import pl
 from lightning_dpgen.privacy.mechanism import GaussianMechanism
+from lightning_dpgen.strategies.loaders import look_at_records
 from lightning_dpgen.strategies.private import PrivateTraining
 
 USERS_START = "images or parameters given by the user; what they cost, if they are of private records, is not covered by this claim"
@@ -118,10 +119,22 @@ class PrivateGenerator(pl.LightningModule):
         return None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remembers under which ledger the loaded weights were made."""
+        """Remembers under which ledger, and by which fit, the loaded weights were made: no other trainer may certify them."""
+        vars(self)["fit_mark"] = checkpoint.get("privacy", {}).get("fit_mark")
         if "privacy" in checkpoint:
             vars(self)["trained_under"] = checkpoint["privacy"]["run"]
             self.started_from = checkpoint["privacy"].get("started_from")
+
+    def check_all_labels(self) -> None:
+        """Reads every record once, before the first lot.
+
+        Privacy:
+            A label out of range would break the run off in the first lot that holds its record, at a moment that tells of it.
+
+        Raises:
+            ValueError: If a label is none of the classes.
+        """
+        look_at_records(self.trainer.train_dataloader, lambda batch: check_labels(batch[1], self.num_classes), chunk=256)  # type: ignore[arg-type]
 
     def knobs(self) -> dict[str, dict[str, Any]]:
         """Every setting that shaped the result, with where its value came from: ``{name: {"value": …, "origin": …}}``."""
@@ -243,7 +256,12 @@ def check_batch(images: Tensor, labels: Tensor, num_classes: int, image_shape: t
         raise ValueError(f"images are {images.dtype} and labels {labels.dtype}: give images as floats in [0, 1] and whole-number labels.")
     if not images.isfinite().all() or images.min() < 0 or images.max() > 1:
         raise ValueError("images must be finite and in [0, 1]. Divide by their public maximum (255 for bytes), not by one of the records.")
-    if labels.min() < 0 or labels.max() >= num_classes:
+    check_labels(labels, num_classes)
+
+
+def check_labels(labels: Tensor, num_classes: int) -> None:
+    """Raises, for the owner and before training, unless labels are classes."""
+    if len(labels) and (labels.min() < 0 or labels.max() >= num_classes):
         raise ValueError(f"labels must run from 0 to {num_classes - 1} for the {num_classes} declared classes; some do not.")
 
 

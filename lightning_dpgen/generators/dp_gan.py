@@ -168,10 +168,11 @@ class DPGAN(AveragedGenerator):
         """Makes images for the first lots.
 
         Raises:
-            ValueError: In several processes, each of which would train a generator of its own.
+            ValueError: In several processes, each of which would train a generator of its own; for a label out of range.
         """
         if self.trainer.world_size > 1:
             raise ValueError("DPGAN trains on one device. Use Trainer(devices=1, strategy=DPStrategy(…)).")
+        self.check_all_labels()
         self._fill_pool()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -30,7 +30,7 @@ SCALE = 7.0
 class DPMERF(FullPassGenerator):
     """Releases each class's mean random Fourier features once, then trains a generator to have the same.
 
-    One pass over the records; the generator's training is post-processing, within the last step of the pass.
+    One pass over the records; the generator's training is post-processing, after it. If it is broken off, :meth:`train_generator` goes on.
 
     Args:
         num_frequencies: n, random frequencies ω ~ N(0, I / s), s = C·H·W / 7; an image has 2n features. The paper has 5,000.
@@ -115,11 +115,15 @@ class DPMERF(FullPassGenerator):
             return cell_sums(self.features(images.float(), self._waves), labels, self.num_classes, 1.0)
 
     def learn(self, name: str, released: dict[str, Tensor]) -> None:
-        """Keeps the classes' mean features and trains the generator."""
+        """Keeps the classes' mean features."""
         records = self.mechanism.plan.sampling.records
         counts = records_in_cells(released["counts"], 1.0).clamp_min(0.1 * records / self.num_classes)
         self.embedding = (released["sums"] / counts[:, None]).float()
-        self.train_generator(self.generator_steps)
+
+    def on_train_epoch_end(self) -> None:
+        """Trains the generator, when the only pass is over: whatever breaks it off, the budget has bought the embedding."""
+        if self.is_fitted and int(self.steps_made) == 0:
+            self.train_generator(self.generator_steps)
 
     def features(self, images: Tensor, frequencies: Tensor) -> Tensor:
         """Random Fourier features ``[B, 2n]`` of norm 1 (Rahimi and Recht, NeurIPS 2007).

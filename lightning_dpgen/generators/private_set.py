@@ -130,7 +130,8 @@ class PrivateSetGeneration(PrivateGenerator):
         self._asked = checkpoint["asked"]
 
     def on_train_start(self) -> None:
-        """Puts what a checkpoint held where the network is; counts lots anew in a new fit."""
+        """Checks the labels; puts what a checkpoint held where the network is; counts lots anew in a new fit."""
+        self.check_all_labels()
         if self.trainer.global_step == 0:
             self.counted.zero_()
         moved = [[{name: value.to(self.device) for name, value in part.items()} for part in pair] for pair in self._asked]
@@ -231,7 +232,9 @@ class PrivateSetGeneration(PrivateGenerator):
         fields = asdict(self.schedule)
         origin = fields.pop("origin")
         unused = ("image_lr", "image_momentum") if self.generator is not None else ("prior_lr",)
-        origins = {"augment": DEFAULT, "prior": DEFAULT, "prior_lr": "Chen, Kerkouche and Fritz, NeurIPS 2022"}
+        origins = {"augment": DEFAULT, "prior_lr": "Chen, Kerkouche and Fritz, NeurIPS 2022"}
+        if self.generator is None:
+            origins["prior"] = DEFAULT
         named = {
             name: (value, "set by the user" if name in self._overridden else origins.get(name, origin))
             for name, value in fields.items()

@@ -80,10 +80,12 @@ def make_certificate(trainer: pl.Trainer, images: int) -> dict[str, Any]:
             f"this trainer was not the last to train its {type(module).__name__}, or trained another: ask the trainer that was, whose "
             "ledger knows what the parameters cost."
         )
+    if getattr(module, "trained_under", strategy.ledger.run_id) != strategy.ledger.run_id:
+        raise NotCertifiable(f"the parameters were made under ledger {module.trained_under}, not under this trainer's.")
     if not strategy.ended:
         raise NotCertifiable(
-            "the run was broken off by an error, at a moment that a record may have chosen. Mend what broke it, resume with ckpt_path, and "
-            "publish what that run ends with."
+            "the run was broken off by an error before it had released all that it planned, at a moment that a record may have chosen. "
+            "Mend what broke it, resume with ckpt_path, and publish what that run ends with: its certificate says that it was broken off."
         )
     plan, noise_multiplier, account = strategy.plan, strategy.noise_multiplier, strategy.account
     counts = dict(account.before), dict(account.planned), strategy.ledger.counts
@@ -94,7 +96,7 @@ def make_certificate(trainer: pl.Trainer, images: int) -> dict[str, Any]:
             f"noise_multiplier={noise_multiplier:g} gives epsilon={figure.value}: nothing can be claimed, so nothing is released."
         )
     data = getattr(trainer, "datamodule", None)
-    knobs = module.knobs()
+    knobs = {**strategy.knobs(), **module.knobs()}
     origin = getattr(data, "origin", "set by the user")
     if isinstance(plan.sampling, PoissonSampling):
         knobs["batch_size"] = {"value": plan.sampling.expected_batch_size, "origin": origin}

@@ -223,6 +223,12 @@ class PrivacyAccount:
         self._lost = self._lost | Counter(_counts(previous["lost"]))
         self.notes += [note for note in previous["notes"] if note not in self.notes]
         is_new = len(ledger) == 0
+        behind = len(ledger) - sum(_counts(previous["released"]).values())
+        if behind > 0:
+            self.notes.append(
+                f"The run went on from a checkpoint that {behind} of the ledger's releases came after: it was broken off, or others used "
+                "the ledger. The claim counts them, and does not cover a moment of breaking off that records chose."
+            )
         missing = ledger.merge(_counts(previous["released"]))
         if missing and not is_new:
             self.notes.append(f"The ledger file lacked {missing} releases that a checkpoint knew of; they were added again.")

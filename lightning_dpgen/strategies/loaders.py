@@ -57,6 +57,20 @@ class PrivateLoader(DataLoader[Any]):
             yield lot
 
 
+def look_at_records(loader: DataLoader[Any], look: Callable[[Any], Any], chunk: int) -> None:
+    """Shows every record behind a private loader to ``look``, in order; what is drawn leaves the public random states alone.
+
+    Args:
+        loader: A loader that :func:`private_loader` made.
+        look: Called with each collated batch.
+        chunk: Records that are collated at once.
+    """
+    collate = cast(EmptyAwareCollate, loader.collate_fn).collate
+    with fresh_randomness(torch.device("cpu")):
+        for batch in DataLoader(loader.dataset, batch_size=chunk, collate_fn=collate):
+            look(batch)
+
+
 def all_records(loader: DataLoader[Any], transfer: Callable[[Any], Any], chunk: int = 4) -> tuple[Any, ...]:
     """Every record behind a private loader, in order, as one batch; what a data set draws at random is drawn once.
 
@@ -71,10 +85,8 @@ def all_records(loader: DataLoader[Any], transfer: Callable[[Any], Any], chunk: 
     Raises:
         ValueError: If a chunk comes out with another number of rows.
     """
-    collate = cast(EmptyAwareCollate, loader.collate_fn).collate
-    reader = DataLoader(loader.dataset, batch_size=chunk, collate_fn=collate)
-    with fresh_randomness(torch.device("cpu")):
-        chunks = [tuple(transfer(batch)) for batch in reader]
+    chunks: list[tuple[Any, ...]] = []
+    look_at_records(loader, lambda batch: chunks.append(tuple(transfer(batch))), chunk)
     records = len(cast(Sized, loader.dataset))
     sizes = [min(chunk, records - start) for start in range(0, records, chunk)]
     for size, leaves in zip(sizes, chunks, strict=True):

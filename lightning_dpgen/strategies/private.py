@@ -131,6 +131,13 @@ class PrivateTraining(pl.strategies.Strategy):
         """ε at this strategy's δ of everything in the ledger so far; 0 before the first release."""
         return self.account.epsilon_spent(relation)
 
+    def knobs(self) -> dict[str, dict[str, Any]]:
+        """DP-SGD's clip norm, with where its value came from; a module that makes its own releases says it itself."""
+        if self._owns_releases:
+            return {}
+        origin = "the package's default" if self._clip_norm is None else "set by the user"
+        return {"clip_norm": {"value": self.plan.releases[0].clip_norm, "origin": origin}}
+
     def continue_ledger(self, path: Path) -> None:
         """Puts the coming fit under an existing ledger, where no ledger was given.
 
@@ -145,6 +152,8 @@ class PrivateTraining(pl.strategies.Strategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads the checkpoint and, when fitting, what its run had spent."""
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        # Whose weights come, also if the fit is refused.
+        vars(self._module)["fit_mark"] = checkpoint.get("privacy", {}).get("fit_mark")
         if self._module.trainer.state.fn == "fit":
             if "privacy" not in checkpoint:
                 raise ValueError(
@@ -314,6 +323,13 @@ class PrivateTraining(pl.strategies.Strategy):
         self._module.trainer.callback_metrics["privacy/epsilon"] = torch.tensor(self.epsilon_spent())
         submodule("utilities").rank_zero_info(self.report())
 
+    def on_exception(self, exception: BaseException) -> None:
+        """A run that had released all that it planned, and worked on no lot, has ended: what came after cannot tell of a record."""
+        super().on_exception(exception)
+        progress = self._module.trainer.fit_loop.epoch_loop.batch_progress.total
+        planned = sum(self.account.ahead.values())
+        self.ended |= self._prepared and self._made() >= planned and progress.ready == progress.completed
+
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Adds plan, noise and spent releases to the checkpoint, which is private: it may hold optimizer and loop state."""
         if self._engine is not None:
@@ -321,7 +337,8 @@ class PrivateTraining(pl.strategies.Strategy):
         if self.mechanism is not None:
             self.account.promise()  # a resume asks for the ledger, also where no lot was drawn yet
             started = getattr(self._module, "started_from", None)
-            checkpoint["privacy"] = {**self.account.state(), "probed": self._probed_before, "started_from": started}
+            own = {"probed": self._probed_before, "started_from": started, "fit_mark": self.fit_mark}
+            checkpoint["privacy"] = {**self.account.state(), **own}
         super().save_checkpoint(checkpoint, filepath, storage_options)
 
     def teardown(self) -> None:
@@ -446,9 +463,13 @@ class PrivateTraining(pl.strategies.Strategy):
                 self.account.notes.append(note)
                 log.warning("%s What it chooses is outside the guarantee unless that number is from public data.", note)
 
+    def _made(self) -> int:
+        """Releases of this fit."""
+        return sum(self.account.spent.values()) - self.account.made_before
+
     def _note_early_end(self) -> None:
         self.account.notes = [note for note in self.account.notes if not note.startswith(ENDED_EARLY)]
-        made = sum(self.account.spent.values()) - self.account.made_before
+        made = self._made()
         planned = sum(self.account.ahead.values())
         if made < planned and not self.open_ended:
             note = (

@@ -7,7 +7,16 @@ import torch
 from helpers import trainer
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_dpgen import DPGAN, DigitsDataModule, DPStrategy, PrivateSetGeneration, SanitizedRelease, load_release, verify_release
+from lightning_dpgen import (
+    DPGAN,
+    DPMERF,
+    DigitsDataModule,
+    DPStrategy,
+    PrivateSetGeneration,
+    SanitizedRelease,
+    load_release,
+    verify_release,
+)
 from lightning_dpgen.release import InvalidRelease, NotCertifiable
 
 
@@ -50,14 +59,103 @@ def test_only_the_last_trainer_of_a_module_certifies_it(tmp_path, digit_records,
     assert all(torch.equal(value, before[name]) for name, value in released.parameters.items())
 
 
-def test_a_run_that_an_error_broke_off_is_not_certified(tmp_path, digits):
-    """Which lot holds the record that breaks it is what a record decides."""
+class Break(pl.Callback):
+    """Raises after a step, or at the end."""
+
+    def __init__(self, after: int | None = None):
+        self.after = after
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.global_step == self.after:
+            raise RuntimeError("broken off")
+
+    def on_train_end(self, trainer, module):
+        if self.after is None:
+            raise RuntimeError("broken off")
+
+
+def gan() -> DPGAN:
+    return DPGAN(num_classes=10, image_shape=(1, 8, 8))
+
+
+def test_a_run_that_an_error_broke_off_is_certified_after_its_resume_alone_and_with_a_note(tmp_path, digit_records):
+    """When it broke off may be what a record decided."""
+    loader = DataLoader(digit_records, batch_size=8)
+    first = trainer(tmp_path, DPStrategy(epsilon=5.0), max_steps=6, max_epochs=-1, callbacks=[Break(2), Break(4)])
+    with pytest.raises(RuntimeError, match="broken off"):
+        first.fit(gan(), loader)
+    first.save_checkpoint(tmp_path / "early.ckpt")
+    with pytest.raises(NotCertifiable, match="broken off by an error"):
+        SanitizedRelease.from_trainer(first)
+    second = trainer(tmp_path, DPStrategy(epsilon=5.0), max_steps=6, max_epochs=-1, callbacks=[Break(4)])
+    with pytest.raises(RuntimeError, match="broken off"):
+        second.fit(gan(), loader, ckpt_path=tmp_path / "early.ckpt")
+    third = trainer(tmp_path, DPStrategy(epsilon=5.0), max_steps=6, max_epochs=-1)
+    third.fit(gan(), loader, ckpt_path=tmp_path / "early.ckpt")
+    (note,) = (note for note in SanitizedRelease.from_trainer(third).certificate["notes"] if "broken off" in note)
+    assert "2 of the ledger's releases" in note
+
+
+@pytest.mark.parametrize("kind", [DPGAN, PrivateSetGeneration, DPMERF])
+def test_an_error_after_the_last_release_loses_nothing(tmp_path, digit_records, kind):
+    limits, small = ({}, {"generator_steps": 5}) if kind is DPMERF else ({"max_steps": 3, "max_epochs": -1}, {})
+    run = trainer(tmp_path, DPStrategy(noise_multiplier=1.0), callbacks=[Break()], **limits)
+    with pytest.raises(RuntimeError, match="broken off"):
+        run.fit(kind(num_classes=10, image_shape=(1, 8, 8), **small), DataLoader(digit_records, batch_size=16))
+    assert SanitizedRelease.from_trainer(run, torch.arange(10)).epsilon > 0
+
+
+def test_a_broken_off_training_of_dp_merfs_generator_goes_on(tmp_path, digit_records, monkeypatch):
+    module = DPMERF(num_classes=10, image_shape=(1, 8, 8), num_frequencies=50, frequencies_per_step=50, generator_steps=20)
+    run = trainer(tmp_path, DPStrategy(noise_multiplier=1.0))
+
+    def broken(*_):
+        raise RuntimeError("broken off")
+
+    monkeypatch.setattr(DPMERF, "_distance", broken)
+    with pytest.raises(RuntimeError, match="broken off"):
+        run.fit(module, DataLoader(digit_records, batch_size=16))
+    monkeypatch.undo()
+    module.train_generator(30)
+    assert SanitizedRelease.from_trainer(run).certificate["knobs"]["generator_steps"]["value"] == 30
+
+
+@pytest.mark.parametrize("kind", [DPGAN, PrivateSetGeneration])
+def test_a_loaded_checkpoint_is_certified_by_its_own_fit_alone(tmp_path, digit_records, kind):
+    """Lightning loads it before the strategy can refuse the fit."""
+    loader, runs = DataLoader(digit_records, batch_size=16), []
+    for noise, folder in ((8.0, "a"), (1.0, "b")):
+        run = trainer(tmp_path / folder, DPStrategy(noise_multiplier=noise), max_steps=2, max_epochs=-1)
+        run.fit(kind(num_classes=10, image_shape=(1, 8, 8)), loader)
+        run.save_checkpoint(tmp_path / f"{folder}.ckpt")
+        runs.append(run)
+    mine = runs[0].lightning_module
+    own = torch.load(tmp_path / "a.ckpt", weights_only=False)
+    mine.on_load_checkpoint(own)  # as ``trainer.test(ckpt_path="best")`` does
+    assert SanitizedRelease.from_trainer(runs[0], torch.arange(10)).epsilon > 0
+    with pytest.raises(ValueError, match="another plan|has already written ledger"):
+        runs[0].fit(mine, loader, ckpt_path=tmp_path / "b.ckpt")
+    with pytest.raises(NotCertifiable, match="not the last to train"):
+        SanitizedRelease.from_trainer(runs[0], torch.arange(10))
+
+
+@pytest.mark.parametrize("kind", [DPGAN, PrivateSetGeneration])
+def test_a_label_out_of_range_is_found_before_the_first_lot(tmp_path, digits, kind):
+    """Training, it would break the run off in the first lot that holds its record."""
     records = TensorDataset(digits[0][:64], torch.cat([digits[1][:63], torch.tensor([10])]))
     run = trainer(tmp_path, DPStrategy(noise_multiplier=1.0), max_steps=50, max_epochs=-1)
-    with pytest.raises((RuntimeError, IndexError)):
-        run.fit(DPGAN(num_classes=10, image_shape=(1, 8, 8)), DataLoader(records, batch_size=4))
-    with pytest.raises(NotCertifiable, match="broken off by an error"):
-        SanitizedRelease.from_trainer(run)
+    with pytest.raises(ValueError, match="labels must run from 0 to 9"):
+        run.fit(kind(num_classes=10, image_shape=(1, 8, 8)), DataLoader(records, batch_size=1))
+    assert len(run.strategy.ledger) == 0
+
+
+def test_knobs_of_dp_sgd_and_of_a_published_prior_say_where_they_come_from(tmp_path, digit_records):
+    run = trainer(tmp_path, DPStrategy(epsilon=5.0, clip_norm=0.5), max_steps=2, max_epochs=-1)
+    run.fit(gan(), DataLoader(digit_records, batch_size=16))
+    assert SanitizedRelease.from_trainer(run).certificate["knobs"]["clip_norm"] == {"value": 0.5, "origin": "set by the user"}
+    published = PrivateSetGeneration(preset="published-prior", num_classes=10, image_shape=(1, 8, 8)).knobs()["prior"]
+    assert published["value"] == "generator"
+    assert published["origin"].startswith("Chen, Kerkouche and Fritz")
 
 
 def test_a_release_holds_images_certificate_card_and_preview(original):

@@ -248,7 +248,7 @@ def evaluate(cell: Cell, root: str, device: str, seeds: list[int], only: list[st
                 if str(seed) in known(cell).get("evaluations", {}).get(key, {}):
                     continue
                 table = tstr(synthetic, real, 10, protocol, [seed], [name], show_progress=False, device=device)
-                keep(cell, {"evaluated_on": device}, (key, seed, round(table.mean(name), 2)))
+                keep(cell, {}, (key, seed, round(table.mean(name), 2)))
                 print(f"{cell.name}: {key}, seed {seed}: {table.mean(name):.2f}", flush=True)
 
 
@@ -283,7 +283,8 @@ def mean(entry: dict[str, Any], key: str) -> str:
     values = list(entry.get("evaluations", {}).get(key, {}).values())
     if not values:
         return "missing"
-    return f"{statistics.fmean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{spread}" + (f" ({len(values)} of {len(SEEDS)})" if len(values) < len(SEEDS) else "")
 
 
 def render(scale: str) -> str:

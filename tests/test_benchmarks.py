@@ -43,7 +43,7 @@ def test_results_are_kept_cell_by_cell_and_evaluations_of_another_release_are_no
     table.keep(cell, {"epsilon": 9.9, "release": "one"})
     table.keep(cell, {}, ("quick LogReg", 0, 80.0))
     table.keep(cell, {"epsilon": 9.9, "release": "one"}, ("quick LogReg", 1, 82.0))
-    assert "81.00 ± 1.41" in table.render("cpu-small")
+    assert "81.00 ± 1.41 (2 of 3)" in table.render("cpu-small")
     assert "missing" in table.render("cpu-small")
     table.keep(cell, {"epsilon": 9.8, "release": "other"})
     assert "81.00" not in table.render("cpu-small")

@@ -49,6 +49,27 @@ def test_results_are_kept_cell_by_cell_and_evaluations_of_another_release_are_no
     assert "81.00" not in table.render("cpu-small")
 
 
+def test_the_six_classifiers_are_one_seeds_and_have_a_table_of_their_own(table, monkeypatch):
+    cell = table.Cell("cpu", "set 10", "MNIST", 10.0)
+    (cell.folder).mkdir(parents=True)
+    (cell.folder / "facts.json").write_text("{}")
+    asked = []
+    monkeypatch.setattr(table, "images_of", lambda cell, root: None)
+    monkeypatch.setattr(table.MNISTDataModule, "setup", lambda self, stage: None)
+    monkeypatch.setattr(table.MNISTDataModule, "real_test", lambda self: None)
+
+    class Found:
+        def mean(self, name):
+            return 60.0
+
+    monkeypatch.setattr(table, "tstr", lambda *arguments, **_: asked.append(arguments[3:6]) or Found())
+    monkeypatch.setattr(sys, "argv", ["table.py", "--scale", "cpu", "--published", "--evaluate", "--cells", "MNIST"])
+    table.main()
+    table.main()  # nothing is asked twice
+    assert asked == [("published", [0], [name]) for name in table.SIX["published"]]
+    assert "| MNIST, set 10 | 60.00 | 60.00 | 60.00 | 60.00 | 60.00 | 60.00 |" in table.render("cpu")
+
+
 def test_a_cell_is_trained_evaluated_and_gone_on_with(table, monkeypatch, capsys):
     arguments = ["table.py", "--scale", "cpu-small", "--cells", "mixture digits 10", "--seeds", "0"]
     monkeypatch.setattr(sys, "argv", arguments)

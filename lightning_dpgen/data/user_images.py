@@ -41,7 +41,7 @@ class ImagesDataModule(PrivateDataModule):
     def __init__(
         self,
         path: str,
-        classes: list[str] | str,
+        classes: list[str | int] | str,
         image_shape: tuple[int, int, int],
         test_path: str | None = None,
         batch_size: int = 256,
@@ -71,14 +71,15 @@ class ImagesDataModule(PrivateDataModule):
         raise fail(argument, str(path), "a folder with one folder for each class, or an .npz file, that exists", advice)
 
 
-def _class_names(classes: list[str] | str) -> tuple[str, ...]:
+def _class_names(classes: list[str | int] | str) -> tuple[str, ...]:
     if isinstance(classes, str):
         if not Path(classes).is_file():
             raise fail("classes", classes, "a list of class names or a text file with one name a line")
         classes = [line.strip() for line in Path(classes).read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not classes or len(set(classes)) < len(classes):
+    names = tuple(str(name) for name in classes)  # a folder that is called 0 is a number on the command line
+    if not names or len(set(names)) < len(names):
         raise fail("classes", classes, "at least one class name, each different")
-    return tuple(str(name) for name in classes)
+    return names
 
 
 def read_folder(path: Path, names: tuple[str, ...], image_shape: ImageShape) -> ImageRecords:

@@ -33,6 +33,7 @@ def test_labels_follow_the_declared_order_not_the_alphabet(folder, tmp_path):
     data = read(folder, str(names))
     assert data.train_records.labels[data.train_records.images[:, 0, 0, 0] == 100].tolist() == [1]
     assert data.class_names[1] == "10"
+    assert read(folder, list(range(12))).class_names == tuple(CLASSES)  # as the command line reads [0, 1, 2]
 
 
 def test_a_missing_place_is_named_with_its_argument(folder):

@@ -96,6 +96,22 @@ def test_a_run_that_an_error_broke_off_is_certified_after_its_resume_alone_and_w
     assert "2 of the ledger's releases" in note
 
 
+def test_an_error_within_the_last_lot_is_not_certified(tmp_path, digit_records):
+    """It may have chosen whether the lot's last step was taken."""
+
+    class BreakInLot(pl.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            if trainer.global_step == 3:
+                raise RuntimeError("broken off")
+
+    run = trainer(tmp_path, DPStrategy(noise_multiplier=1.0), max_steps=3, max_epochs=-1, callbacks=[BreakInLot()])
+    with pytest.raises(RuntimeError, match="broken off"):
+        run.fit(gan(), DataLoader(digit_records, batch_size=16))
+    assert len(run.strategy.ledger) == 3
+    with pytest.raises(NotCertifiable, match="broken off by an error"):
+        SanitizedRelease.from_trainer(run)
+
+
 @pytest.mark.parametrize("kind", [DPGAN, PrivateSetGeneration, DPMERF])
 def test_an_error_after_the_last_release_loses_nothing(tmp_path, digit_records, kind):
     limits, small = ({}, {"generator_steps": 5}) if kind is DPMERF else ({"max_steps": 3, "max_epochs": -1}, {})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -85,6 +85,7 @@ class PrivateGenerator(pl.LightningModule):
     def load_public_state(self, state: dict[str, Tensor]) -> None:
         """The inverse of :meth:`public_state`: what a release's generator is restored from. A fit that follows says so."""
         self.started_from = USERS_START
+        vars(self)["fit_mark"] = None
         self.take_public_state(state)
 
     def take_public_state(self, state: dict[str, Tensor]) -> None:
@@ -119,11 +120,26 @@ class PrivateGenerator(pl.LightningModule):
         return None
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remembers under which ledger, and by which fit, the loaded weights were made: no other trainer may certify them."""
-        vars(self)["fit_mark"] = checkpoint.get("privacy", {}).get("fit_mark")
-        if "privacy" in checkpoint:
-            vars(self)["trained_under"] = checkpoint["privacy"]["run"]
-            self.started_from = checkpoint["privacy"].get("started_from")
+        """Keeps what the checkpoint says of its weights until :meth:`load_state_dict` has them."""
+        vars(self)["_coming"] = checkpoint["state_dict"], checkpoint.get("privacy")
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As in torch. The weights then belong to the fit and the ledger that their checkpoint names, and no other trainer certifies them.
+
+        Raises:
+            RuntimeError: If they do not fit; the module may then hold a part of them, and is neither certified nor trained on.
+        """
+        of, privacy = vars(self).pop("_coming", (None, None))
+        vars(self)["fit_mark"] = None
+        try:
+            keys = super().load_state_dict(state_dict, strict, assign)
+        except RuntimeError:
+            vars(self)["trained_under"] = "unknown (a checkpoint was loaded in part)"
+            raise
+        if of is state_dict and privacy is not None:
+            vars(self).update(fit_mark=privacy.get("fit_mark"), trained_under=privacy["run"])
+            self.started_from = privacy.get("started_from")
+        return keys
 
     def check_all_labels(self) -> None:
         """Reads every record once, before the first lot.
@@ -134,7 +150,9 @@ class PrivateGenerator(pl.LightningModule):
         Raises:
             ValueError: If a label is none of the classes.
         """
-        look_at_records(self.trainer.train_dataloader, lambda batch: check_labels(batch[1], self.num_classes), chunk=256)  # type: ignore[arg-type]
+        transfer = self.trainer.strategy.batch_to_device
+        loader: Any = self.trainer.train_dataloader
+        look_at_records(loader, lambda batch: check_labels(transfer(batch)[1], self.num_classes), chunk=256)
 
     def knobs(self) -> dict[str, dict[str, Any]]:
         """Every setting that shaped the result, with where its value came from: ``{name: {"value": …, "origin": …}}``."""

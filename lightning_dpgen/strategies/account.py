@@ -222,17 +222,16 @@ class PrivacyAccount:
     def _continue(self, ledger: PrivacyLedger, previous: dict[str, Any]) -> None:
         self._lost = self._lost | Counter(_counts(previous["lost"]))
         self.notes += [note for note in previous["notes"] if note not in self.notes]
-        is_new = len(ledger) == 0
-        behind = len(ledger) - sum(_counts(previous["released"]).values())
-        if behind > 0:
-            self.notes.append(
-                f"The run went on from a checkpoint that {behind} of the ledger's releases came after: it was broken off, or others used "
-                "the ledger. The claim counts them, and does not cover a moment of breaking off that records chose."
-            )
+        held = len(ledger)
         missing = ledger.merge(_counts(previous["released"]))
-        if missing and not is_new:
+        if missing and held:
             self.notes.append(f"The ledger file lacked {missing} releases that a checkpoint knew of; they were added again.")
             log.warning(self.notes[-1])
+        made = sum(_counts(previous["released"]).values())
+        self.notes.append(
+            f"Resumed from a checkpoint of {made} releases, when the ledger held {held}. The claim counts them all, and does not cover "
+            "a moment of breaking off that records chose."
+        )
 
     def _first_plan(self, first: PrivacyPlan, plan: PrivacyPlan) -> PrivacyPlan:
         """The plan that the budget was calibrated for: a target ε is for all fits together."""

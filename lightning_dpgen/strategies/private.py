@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -152,8 +153,6 @@ class PrivateTraining(pl.strategies.Strategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads the checkpoint and, when fitting, what its run had spent."""
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
-        # Whose weights come, also if the fit is refused.
-        vars(self._module)["fit_mark"] = checkpoint.get("privacy", {}).get("fit_mark")
         if self._module.trainer.state.fn == "fit":
             if "privacy" not in checkpoint:
                 raise ValueError(
@@ -162,6 +161,13 @@ class PrivateTraining(pl.strategies.Strategy):
                 )
             self._restored = {**checkpoint["privacy"], "global_step": checkpoint["global_step"]}
         return checkpoint
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """As in Lightning; the weights are from then on those of the fit that wrote the checkpoint, also if this fit is refused."""
+        mine = vars(self._module)
+        mine["fit_mark"] = None
+        super().load_model_state_dict(checkpoint, strict)
+        mine["fit_mark"] = checkpoint.get("privacy", {}).get("fit_mark")
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Sets up as Lightning does; when fitting, also plans, calibrates and opens the ledger."""
@@ -179,8 +185,10 @@ class PrivateTraining(pl.strategies.Strategy):
         super().setup(trainer)
         if not self._owns_releases:
             self._private = private_optimizer(self.optimizers, module, roots)
+        had_ended = self.ended or bool(self._restored and self._restored.get("ended"))
         self._prepare(trainer, module)
-        self.fit_mark, self.ended = uuid4().hex, False
+        self.ended = had_ended and not sum(self.account.ahead.values())  # with nothing left to do, the weights stay as they are
+        self.fit_mark = self.broadcast(uuid4().hex)
         vars(module)["fit_mark"] = self.fit_mark
         if self._owns_releases:
             self._check_sampling(trainer)
@@ -314,10 +322,7 @@ class PrivateTraining(pl.strategies.Strategy):
     def on_train_end(self) -> None:
         """Puts the spent ε into ``trainer.callback_metrics`` and says it."""
         super().on_train_end()
-        self.account.ready().end_lot()
-        if self._engine is not None:
-            self._engine.check_buffers()
-            self._engine.check_values()
+        self._check_end()
         self._note_early_end()
         self.ended = True
         self._module.trainer.callback_metrics["privacy/epsilon"] = torch.tensor(self.epsilon_spent())
@@ -327,17 +332,31 @@ class PrivateTraining(pl.strategies.Strategy):
         """A run that had released all that it planned, and worked on no lot, has ended: what came after cannot tell of a record."""
         super().on_exception(exception)
         progress = self._module.trainer.fit_loop.epoch_loop.batch_progress.total
-        planned = sum(self.account.ahead.values())
-        self.ended |= self._prepared and self._made() >= planned and progress.ready == progress.completed
+        if self._prepared and self._made() >= sum(self.account.ahead.values()) and progress.ready == progress.completed:
+            with suppress(RuntimeError):  # which the run is ending with, or would have ended with
+                self._check_end()
+                self.ended = True
+
+    def _check_end(self) -> None:
+        self.account.ready().end_lot()
+        if self._engine is not None:
+            self._engine.check_buffers()
+            self._engine.check_values()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         """Adds plan, noise and spent releases to the checkpoint, which is private: it may hold optimizer and loop state."""
         if self._engine is not None:
             self._engine.check_values()
         if self.mechanism is not None:
+            if getattr(self._module, "fit_mark", None) != self.fit_mark:
+                raise ValueError(
+                    f"{filepath} is not written: this {type(self._module).__name__} is not as this trainer's last fit left it (another "
+                    "trained it, or weights were loaded since), so this trainer does not know what it cost. Save it by the trainer that "
+                    "trained it, or its weights alone with torch.save(module.state_dict(), …)."
+                )
             self.account.promise()  # a resume asks for the ledger, also where no lot was drawn yet
             started = getattr(self._module, "started_from", None)
-            own = {"probed": self._probed_before, "started_from": started, "fit_mark": self.fit_mark}
+            own = {"probed": self._probed_before, "started_from": started, "fit_mark": self.fit_mark, "ended": self.ended}
             checkpoint["privacy"] = {**self.account.state(), **own}
         super().save_checkpoint(checkpoint, filepath, storage_options)
 

@@ -92,8 +92,8 @@ def test_a_run_that_an_error_broke_off_is_certified_after_its_resume_alone_and_w
         second.fit(gan(), loader, ckpt_path=tmp_path / "early.ckpt")
     third = trainer(tmp_path, DPStrategy(epsilon=5.0), max_steps=6, max_epochs=-1)
     third.fit(gan(), loader, ckpt_path=tmp_path / "early.ckpt")
-    (note,) = (note for note in SanitizedRelease.from_trainer(third).certificate["notes"] if "broken off" in note)
-    assert "2 of the ledger's releases" in note
+    (note,) = SanitizedRelease.from_trainer(third).certificate["notes"]
+    assert note.startswith("Resumed from a checkpoint of 2 releases, when the ledger held 4.")
 
 
 def test_an_error_within_the_last_lot_is_not_certified(tmp_path, digit_records):
@@ -148,11 +148,93 @@ def test_a_loaded_checkpoint_is_certified_by_its_own_fit_alone(tmp_path, digit_r
     mine = runs[0].lightning_module
     own = torch.load(tmp_path / "a.ckpt", weights_only=False)
     mine.on_load_checkpoint(own)  # as ``trainer.test(ckpt_path="best")`` does
+    mine.load_state_dict(own["state_dict"])
     assert SanitizedRelease.from_trainer(runs[0], torch.arange(10)).epsilon > 0
     with pytest.raises(ValueError, match="another plan|has already written ledger"):
         runs[0].fit(mine, loader, ckpt_path=tmp_path / "b.ckpt")
     with pytest.raises(NotCertifiable, match="not the last to train"):
         SanitizedRelease.from_trainer(runs[0], torch.arange(10))
+
+
+def sets(images_per_class=2) -> PrivateSetGeneration:
+    return PrivateSetGeneration(images_per_class, num_classes=10, image_shape=(1, 8, 8), schedule_overrides={"width": 4})
+
+
+def private_trainer(folder, noise=1.0, **strategy) -> pl.Trainer:
+    return trainer(folder, DPStrategy(noise_multiplier=noise, **strategy), max_steps=2, max_epochs=-1)
+
+
+def test_weights_of_which_a_part_was_loaded_are_nobodys(tmp_path, digit_records):
+    loader, first, second, module = DataLoader(digit_records, batch_size=16), private_trainer(tmp_path), private_trainer(tmp_path), sets(2)
+    first.fit(sets(1), loader)
+    first.save_checkpoint(tmp_path / "one.ckpt")
+    second.fit(module, loader)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        first.fit(module, loader, ckpt_path=tmp_path / "one.ckpt")
+    for run in (first, second):
+        with pytest.raises(NotCertifiable, match="not the last to train"):
+            SanitizedRelease.from_trainer(run)
+    with pytest.raises(ValueError, match="loaded in part"):
+        private_trainer(tmp_path, ledger=first.strategy.ledger.path).fit(module, loader)
+
+
+def test_weights_that_were_put_into_a_module_are_not_its_trainers(tmp_path, digit_records):
+    loader, run, other = DataLoader(digit_records, batch_size=16), private_trainer(tmp_path), private_trainer(tmp_path)
+    run.fit(sets(), loader)
+    other.fit(sets(), loader)
+    run.lightning_module.load_state_dict(other.lightning_module.state_dict())
+    with pytest.raises(NotCertifiable, match="not the last to train"):
+        SanitizedRelease.from_trainer(run)
+
+
+def test_a_trainer_writes_no_checkpoint_of_weights_that_another_trained(tmp_path, digit_records):
+    """Its account does not know what they cost, and the checkpoint would carry it on."""
+    loader, module = DataLoader(digit_records, batch_size=16), gan()
+    first, second = (private_trainer(tmp_path, ledger=tmp_path / "shared.jsonl") for _ in range(2))
+    first.fit(module, loader)
+    second.fit(module, loader)
+    with pytest.raises(ValueError, match=r"first.ckpt is not written: this DPGAN is not as this trainer's last fit left it"):
+        first.save_checkpoint(tmp_path / "first.ckpt")
+    second.save_checkpoint(tmp_path / "second.ckpt")
+
+
+def test_what_the_checks_at_the_end_refuse_is_not_certified(tmp_path, digit_records):
+    class Keeps(DPGAN):
+        def build(self):
+            super().build()
+            self.average.register_buffer("kept", torch.zeros(64))
+
+        def on_train_batch_start(self, batch, batch_idx):
+            if len(batch[0]):
+                self.average.kept.data.copy_(batch[0][0].flatten())
+
+    run = private_trainer(tmp_path)
+    with pytest.raises(RuntimeError, match="kept"):
+        run.fit(Keeps(num_classes=10, image_shape=(1, 8, 8)), DataLoader(digit_records, batch_size=16))
+    assert len(run.strategy.ledger) == 2
+    with pytest.raises(NotCertifiable, match="broken off by an error"):
+        SanitizedRelease.from_trainer(run)
+
+
+def test_labels_are_looked_at_as_the_training_step_gets_them(tmp_path, digits):
+    class FromOne(DPGAN):
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return batch[0], batch[1] - 1
+
+    records = TensorDataset(digits[0][:64], digits[1][:64] + 1)
+    private_trainer(tmp_path).fit(FromOne(num_classes=10, image_shape=(1, 8, 8)), DataLoader(records, batch_size=16))
+
+
+def test_a_fit_with_nothing_left_to_do_leaves_the_certificate(tmp_path, digit_records):
+    loader, run = DataLoader(digit_records, batch_size=16), private_trainer(tmp_path)
+    run.fit(gan(), loader)
+    run.fit(run.lightning_module, loader)
+    claimed = SanitizedRelease.from_trainer(run, torch.arange(10)).epsilon
+    run.save_checkpoint(tmp_path / "whole.ckpt")
+    again = private_trainer(tmp_path)
+    again.fit(gan(), loader, ckpt_path=tmp_path / "whole.ckpt")
+    assert len(again.strategy.ledger) == 2
+    assert SanitizedRelease.from_trainer(again, torch.arange(10)).epsilon == claimed
 
 
 @pytest.mark.parametrize("kind", [DPGAN, PrivateSetGeneration])

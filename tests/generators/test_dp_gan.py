@@ -121,7 +121,7 @@ def test_a_resumed_run_goes_on(tmp_path, digit_records):
     resumed = fitted(tmp_path, digit_records, again, max_steps=7, ckpt_path=tmp_path / "four.ckpt")
     assert resumed.global_step == len(resumed.strategy.ledger) == 7
     certificate = make_certificate(resumed, 0)
-    assert certificate["notes"] == []
+    assert [note[:39] for note in certificate["notes"]] == ["Resumed from a checkpoint of 4 releases"]
     assert certificate["claim"]["epsilon"] == pytest.approx(resumed.strategy.epsilon_spent())  # seven lots, planned and made
 
 

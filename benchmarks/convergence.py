@@ -46,14 +46,13 @@ def evaluate(cell: table.Cell, root: str, device: str) -> None:
     data = table.data_module(cell, root, 256)
     real, classifier = data.real_test(), CLASSIFIER.get(cell.scale, "ConvNet32")
     with np.load(cell.folder / "snapshots.npz") as kept:
-        labels = torch.from_numpy(kept["labels"])
+        labels = kept["labels"]
         for step, epsilon, images in zip(kept["steps"], kept["epsilons"], kept["images"], strict=True):
             if int(step) in done:
                 continue
-            synthetic = torch.from_numpy(images)[:, None].float() / 255, labels
-            accuracy = tstr(synthetic, real, data.num_classes, "quick", [0], [classifier], show_progress=False, device=device).mean(
-                classifier
-            )
+            synthetic = table.tensors(images, labels)
+            results = tstr(synthetic, real, data.num_classes, "quick", [0], [classifier], show_progress=False, device=device)
+            accuracy = results.mean(classifier)
             print(f"{cell.name}: step {step}, epsilon {epsilon:.3f}: {accuracy:.2f}", flush=True)
             path = log_of(cell.scale)
             is_new = not path.exists()
@@ -66,7 +65,7 @@ def evaluate(cell: table.Cell, root: str, device: str) -> None:
 
 def draw(scale: str) -> None:
     """The figure, from the lines that there are."""
-    found = list(dict.fromkeys(cell.data for cell in table.curves(scale)))
+    found = table.data_of(scale)
     figure = Figure(figsize=(10, 3.5 * len(found)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(found), 2, sharey="row", squeeze=False)
@@ -103,8 +102,7 @@ def main() -> None:
         draw(options.scale)
         return
     torch.set_num_threads(options.threads)
-    chosen = table.curves(options.scale)
-    for cell in [one for one in chosen if one.name == options.cells] or [one for one in chosen if options.cells in one.name]:
+    for cell in table.named(table.curves(options.scale), options.cells):
         if table.train(cell, options) and not options.train:
             evaluate(cell, options.root, options.device)
 

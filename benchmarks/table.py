@@ -48,12 +48,14 @@ from lightning_dpgen import (
     SanitizedRelease,
     tstr,
 )
+from lightning_dpgen.data.base import ImageRecords
+from lightning_dpgen.evaluation.protocols import protocol_named
 from lightning_dpgen.generators import to_bytes
 
 SCALES = ("cpu-small", "cpu", "gpu-paper")
 DELTA, SEEDS, PRIOR_SHARE = 1e-5, (0, 1, 2), 0.3
-PROTOCOLS = {"quick": ("ConvNet32", "LeNet", "MLP", "LogReg"), "common": ("CNN", "MLP", "LogReg")}
-SIX = {"published": ("ConvNet", "LeNet", "AlexNet", "VGG11", "ResNet18", "MLP")}
+PROTOCOLS = {name: protocol_named(name).classifiers for name in ("quick", "common")}
+SIX = {"published": protocol_named("published").classifiers}
 ALL = list(dict.fromkeys(name for names in [*PROTOCOLS.values(), *SIX.values()] for name in names))
 PUBLISHED = {  # ConvNet, (10, 1e-5), as printed by Chen, Kerkouche and Fritz (NeurIPS 2022)
     "Real": (99.6, 93.5),
@@ -138,18 +140,25 @@ def data_module(cell: Cell, root: str, batch_size: int) -> Any:
     return DigitsDataModule(batch_size=batch_size) if cell.data == "digits" else DATA[cell.data](root=root, batch_size=batch_size)
 
 
+def data_of(scale: str) -> tuple[str, ...]:
+    return ("digits",) if scale == "cpu-small" else ("MNIST", "FashionMNIST")
+
+
+def named(found: list[Cell], text: str) -> list[Cell]:
+    """The cell of this name, or those whose name contains it."""
+    return [one for one in found if one.name == text] or [one for one in found if text in one.name]
+
+
 def cells(scale: str) -> list[Cell]:
     """Every cell of a scale, the cheap ones first."""
-    data = ("digits",) if scale == "cpu-small" else ("MNIST", "FashionMNIST")
-    found = [Cell(scale, method, one, 10.0) for method in METHODS for one in data]
-    found += [Cell(scale, method, one, 1.0) for method in AT_ONE for one in data]
+    found = [Cell(scale, method, one, 10.0) for method in METHODS for one in data_of(scale)]
+    found += [Cell(scale, method, one, 1.0) for method in AT_ONE for one in data_of(scale)]
     return found + ([Cell(scale, "DP-GAN hour", "MNIST", 10.0)] if scale == "cpu" else [])
 
 
 def curves(scale: str) -> list[Cell]:
     """What ``convergence.py`` draws: 1, 10 and 20 images a class, with and without the generator prior."""
-    data = ("digits",) if scale == "cpu-small" else ("MNIST", "FashionMNIST")
-    return [Cell(scale, f"PSG {n}{prior}", one, 10.0) for one in data for n in (1, 10, 20) for prior in ("", " prior")]
+    return [Cell(scale, f"PSG {n}{prior}", one, 10.0) for one in data_of(scale) for n in (1, 10, 20) for prior in ("", " prior")]
 
 
 class Snapshots(pl.Callback):
@@ -240,7 +249,12 @@ def images_of(cell: Cell, root: str) -> tuple[torch.Tensor, torch.Tensor]:
         images: tuple[torch.Tensor, torch.Tensor] = data.train_records.tensors()
         return images
     with np.load(cell.folder / "release" / "images.npz") as release:
-        return torch.from_numpy(release["images"])[:, None].float() / 255, torch.from_numpy(release["labels"])
+        return tensors(release["images"], release["labels"])
+
+
+def tensors(images: np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Grey images ``[N, H, W]`` as a release or a snapshot keeps them, as classifiers take them."""
+    return ImageRecords(torch.from_numpy(images)[:, None], torch.from_numpy(labels)).tensors()
 
 
 def evaluate(cell: Cell, root: str, device: str, protocols: dict[str, tuple[str, ...]], seeds: list[int], only: list[str]) -> None:
@@ -297,7 +311,7 @@ def mean(entry: dict[str, Any], key: str, seeds: int = len(SEEDS)) -> str:
 def render(scale: str) -> str:
     """The tables in Markdown."""
     text = []
-    for place, data in enumerate(dict.fromkeys(cell.data for cell in cells(scale))):
+    for place, data in enumerate(data_of(scale)):
         headings = [
             "method",
             "ε spent",
@@ -356,7 +370,7 @@ def main() -> None:
     if options.published:
         protocols, seeds = SIX, SEEDS[:1]
         chosen = [one for one in chosen if one.method in WITH_SIX and one.epsilon == 10.0]
-    for cell in [one for one in chosen if one.name == options.cells] or [one for one in chosen if options.cells in one.name]:
+    for cell in named(chosen, options.cells):
         facts = cell.folder / "facts.json"
         if cell.method != "Real" and not options.evaluate and not train(cell, options):
             print(f"{cell.name}: in the hands of another process", flush=True)

@@ -75,7 +75,7 @@ def make_certificate(trainer: pl.Trainer, images: int) -> dict[str, Any]:
         raise NotCertifiable("this run had neither max_steps nor max_epochs, so it had no plan to claim. Set one and train again.")
     if not isinstance(module, PrivateGenerator):
         raise NotCertifiable(f"{type(module).__name__} is not a PrivateGenerator: it has no images to release.")
-    if getattr(module, "fit_mark", None) != strategy.fit_mark:
+    if not strategy.trained_last(module):
         raise NotCertifiable(
             f"this trainer was not the last to train its {type(module).__name__}, or trained another: ask the trainer that was, whose "
             "ledger knows what the parameters cost."
@@ -85,7 +85,7 @@ def make_certificate(trainer: pl.Trainer, images: int) -> dict[str, Any]:
     if not strategy.ended:
         raise NotCertifiable(
             "the run was broken off by an error before it had released all that it planned, at a moment that a record may have chosen. "
-            "Mend what broke it, resume with ckpt_path, and publish what that run ends with: its certificate says that it was broken off."
+            "Mend what broke it, resume with ckpt_path, and publish what that run ends with: its certificate says that it was resumed."
         )
     plan, noise_multiplier, account = strategy.plan, strategy.noise_multiplier, strategy.account
     counts = dict(account.before), dict(account.planned), strategy.ledger.counts

@@ -55,7 +55,6 @@ class PrivacyAccount:
         before: Releases that the records had already paid for when the last fit began.
         planned: Releases that the last fit may add.
         ahead: Releases that the last fit makes if it runs to its end: ``planned`` without what earlier parts leave to be claimed.
-        made_before: How many releases had been made when the last fit began.
         notes: Sentences for the certificate.
         per_step: How many of each release one trainer step makes; 1 where it does not say.
 
@@ -72,7 +71,6 @@ class PrivacyAccount:
         self.before: Counter[ReleaseEvent] = Counter()
         self.planned: Counter[ReleaseEvent] = Counter()
         self.ahead: Counter[ReleaseEvent] = Counter()
-        self.made_before = 0
         self.notes: list[str] = []
         self.per_step: dict[str, int] = {}
         self._lost: Counter[ReleaseEvent] = Counter()
@@ -98,6 +96,11 @@ class PrivacyAccount:
         """Releases so far: the ledger's, and what a lost ledger may have held."""
         return self._lost if self.mechanism is None else Counter(self.mechanism.ledger.counts) + self._lost
 
+    @property
+    def made(self) -> Counter[ReleaseEvent]:
+        """Releases of the last fit."""
+        return self.spent - self._began_with
+
     def epsilon_spent(self, relation: Relation = Relation.ZERO_OUT) -> float:
         """ε of everything so far; 0 before the first release."""
         return epsilon(self.spent.items(), self.terms.delta, relation).value
@@ -105,7 +108,7 @@ class PrivacyAccount:
     def epsilon_after(self, steps: int) -> float:
         """ε of the ledger and of ``steps`` more trainer steps."""
         mechanism = self.ready()
-        made = self.spent - self._began_with
+        made = self.made
         ahead: Counter[ReleaseEvent] = Counter()
         for event, _ in mechanism.plan.events(mechanism.noise_multiplier):
             if isinstance(mechanism.plan.sampling, FullPass):  # one release a step, in the plan's order
@@ -165,7 +168,7 @@ class PrivacyAccount:
         self.mechanism = GaussianMechanism(plan, noise, ledger, self.stream, capped=budget is not None)
         promised = Counter(ledger.promised) | (Counter() if previous is None else Counter(_counts(previous["promised"])))
         made = Counter(ledger.counts) + self._lost
-        self.made_before, self._began_with = sum(made.values()), Counter(made)
+        self._began_with = Counter(made)
         self.before, self.planned, self.ahead = made | promised, Counter(), Counter()
         for event, _ in plan.events(noise):
             left = max(0, self.mechanism.remaining(event.name)) if budget is not None else ahead[event.name]
@@ -197,7 +200,7 @@ class PrivacyAccount:
         self.mechanism = GaussianMechanism(plan, noise, ledger, self.stream, capped=self.terms.budget is not None)
         self._lost, self.notes = Counter(_counts(leader["lost"])), list(leader["notes"])
         self.before = Counter(ledger.counts) + self._lost
-        self.made_before, self._began_with = sum(self.before.values()), Counter(self.before)
+        self._began_with = Counter(self.before)
         self.planned = Counter(_counts(leader["promised"])) - self.before
         self.ahead = Counter(_counts(leader["ahead"]))
         return self.mechanism
@@ -222,15 +225,14 @@ class PrivacyAccount:
     def _continue(self, ledger: PrivacyLedger, previous: dict[str, Any]) -> None:
         self._lost = self._lost | Counter(_counts(previous["lost"]))
         self.notes += [note for note in previous["notes"] if note not in self.notes]
-        held = len(ledger)
-        missing = ledger.merge(_counts(previous["released"]))
+        held, released = len(ledger), _counts(previous["released"])
+        missing = ledger.merge(released)
         if missing and held:
             self.notes.append(f"The ledger file lacked {missing} releases that a checkpoint knew of; they were added again.")
             log.warning(self.notes[-1])
-        made = sum(_counts(previous["released"]).values())
         self.notes.append(
-            f"Resumed from a checkpoint of {made} releases, when the ledger held {held}. The claim counts them all, and does not cover "
-            "a moment of breaking off that records chose."
+            f"Resumed from a checkpoint of {sum(released.values())} releases, when the ledger held {held}. The claim counts them all, and "
+            "does not cover a moment of breaking off that records chose."
         )
 
     def _first_plan(self, first: PrivacyPlan, plan: PrivacyPlan) -> PrivacyPlan:

@@ -132,6 +132,10 @@ class PrivateTraining(pl.strategies.Strategy):
         """ε at this strategy's δ of everything in the ledger so far; 0 before the first release."""
         return self.account.epsilon_spent(relation)
 
+    def trained_last(self, module: pl.LightningModule) -> bool:
+        """Whether the weights are as this strategy's last fit left them: no other fit, and no load, came after."""
+        return getattr(module, "fit_mark", None) == self.fit_mark
+
     def knobs(self) -> dict[str, dict[str, Any]]:
         """DP-SGD's clip norm, with where its value came from; a module that makes its own releases says it itself."""
         if self._owns_releases:
@@ -187,7 +191,7 @@ class PrivateTraining(pl.strategies.Strategy):
             self._private = private_optimizer(self.optimizers, module, roots)
         had_ended = self.ended or bool(self._restored and self._restored.get("ended"))
         self._prepare(trainer, module)
-        self.ended = had_ended and not sum(self.account.ahead.values())  # with nothing left to do, the weights stay as they are
+        self.ended = had_ended and not self.account.ahead.total()  # with nothing left to do, the weights stay as they are
         self.fit_mark = self.broadcast(uuid4().hex)
         vars(module)["fit_mark"] = self.fit_mark
         if self._owns_releases:
@@ -332,7 +336,7 @@ class PrivateTraining(pl.strategies.Strategy):
         """A run that had released all that it planned, and worked on no lot, has ended: what came after cannot tell of a record."""
         super().on_exception(exception)
         progress = self._module.trainer.fit_loop.epoch_loop.batch_progress.total
-        if self._prepared and self._made() >= sum(self.account.ahead.values()) and progress.ready == progress.completed:
+        if self._prepared and self.account.made.total() >= self.account.ahead.total() and progress.ready == progress.completed:
             with suppress(RuntimeError):  # which the run is ending with, or would have ended with
                 self._check_end()
                 self.ended = True
@@ -348,7 +352,7 @@ class PrivateTraining(pl.strategies.Strategy):
         if self._engine is not None:
             self._engine.check_values()
         if self.mechanism is not None:
-            if getattr(self._module, "fit_mark", None) != self.fit_mark:
+            if not self.trained_last(self._module):
                 raise ValueError(
                     f"{filepath} is not written: this {type(self._module).__name__} is not as this trainer's last fit left it (another "
                     "trained it, or weights were loaded since), so this trainer does not know what it cost. Save it by the trainer that "
@@ -482,14 +486,9 @@ class PrivateTraining(pl.strategies.Strategy):
                 self.account.notes.append(note)
                 log.warning("%s What it chooses is outside the guarantee unless that number is from public data.", note)
 
-    def _made(self) -> int:
-        """Releases of this fit."""
-        return sum(self.account.spent.values()) - self.account.made_before
-
     def _note_early_end(self) -> None:
         self.account.notes = [note for note in self.account.notes if not note.startswith(ENDED_EARLY)]
-        made = self._made()
-        planned = sum(self.account.ahead.values())
+        made, planned = self.account.made.total(), self.account.ahead.total()
         if made < planned and not self.open_ended:
             note = (
                 f"{ENDED_EARLY} {made} of {planned} planned releases; the claim counts them all. That covers the moment of "

@@ -9,7 +9,8 @@
 Scales: ``cpu-small`` (scikit-learn's digits, no download, a few minutes in all: to see that everything runs), ``cpu`` (MNIST and
 FashionMNIST, about a quarter of an hour a cell on one thread), ``gpu-paper`` (the published loops; hours on a GPU). Results are kept in
 ``benchmarks/results/table-SCALE.json``, releases in ``runs/table/SCALE``. A cell is one training and one noise draw; what stands after ± is
-the deviation over evaluation seeds.
+the deviation over evaluation seeds. A cell whose release is gone is trained again; until its new draw is evaluated by as many seeds, an
+accuracy of the earlier draw stands, marked †.
 """
 
 from __future__ import annotations
@@ -266,7 +267,7 @@ def evaluate(cell: Cell, root: str, device: str, protocols: dict[str, tuple[str,
         for name in (one for one in classifiers if one in only):
             for seed in seeds:
                 key = f"{protocol} {name}"
-                if str(seed) in known(cell).get("evaluations", {}).get(key, {}):
+                if str(seed) in evaluations(known(cell), key)[0]:
                     continue
                 table = tstr(synthetic, real, 10, protocol, [seed], [name], show_progress=False, device=device)
                 keep(cell, {}, (key, seed, round(table.mean(name), 2)))
@@ -292,7 +293,8 @@ def keep(cell: Cell, facts: dict[str, Any], evaluation: tuple[str, int, float] |
         results = json.loads(path.read_text()) if path.exists() else {}
         entry = results.setdefault(cell.name, {})
         if "release" in facts and entry.get("release", facts["release"]) != facts["release"]:
-            entry.clear()  # evaluations of another release
+            earlier = entry.pop("earlier", [])
+            results[cell.name] = entry = {"earlier": [*earlier, entry]}
         entry.update(facts)
         if evaluation is not None:
             key, seed, value = evaluation
@@ -300,12 +302,19 @@ def keep(cell: Cell, facts: dict[str, Any], evaluation: tuple[str, int, float] |
         path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
 
 
+def evaluations(entry: dict[str, Any], key: str) -> list[dict[str, float]]:
+    """A classifier's accuracies by seed, one for each draw of a cell, the newest first."""
+    return [draw.get("evaluations", {}).get(key, {}) for draw in (entry, *reversed(entry.get("earlier", [])))]
+
+
 def mean(entry: dict[str, Any], key: str, seeds: int = len(SEEDS)) -> str:
-    values = list(entry.get("evaluations", {}).get(key, {}).values())
+    draws = evaluations(entry, key)
+    values = list(max(draws, key=len).values())
     if not values:
         return "missing"
+    mark = "†" if len(values) > len(draws[0]) else ""
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{spread}" + (f" ({len(values)} of {seeds})" if len(values) < seeds else "")
+    return f"{statistics.fmean(values):.2f}{spread}{mark}" + (f" ({len(values)} of {seeds})" if len(values) < seeds else "")
 
 
 def render(scale: str) -> str:

@@ -130,7 +130,7 @@ class GhostEngine(HooksEngine):
             total = {name: weighted_rows(value, factors) for name, value in shared.items()}
             for one in single:
                 total |= {names[id(p)]: value for p, value in one.weighted(factors).items() if id(p) in names}
-            return total
+            return {name: total[name] for name in self.parameters}  # in the order of an empty lot's sum, not of the backward pass
 
         squares = [row_norms(shared).square()] if shared else []
         with torch.autocast(next(iter(self.parameters.values())).device.type, enabled=False):

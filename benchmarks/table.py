@@ -10,7 +10,7 @@ Scales: ``cpu-small`` (scikit-learn's digits, no download, a few minutes in all:
 FashionMNIST, about a quarter of an hour a cell on one thread), ``gpu-paper`` (the published loops; hours on a GPU). Results are kept in
 ``benchmarks/results/table-SCALE.json``, releases in ``runs/table/SCALE``. A cell is one training and one noise draw; what stands after ± is
 the deviation over evaluation seeds. A cell whose release is gone is trained again; until its new draw is evaluated by as many seeds, an
-accuracy of the earlier draw stands, marked †.
+accuracy of the earlier draw stands, marked †. What was evaluated with ``--bfloat16`` is marked ‡.
 """
 
 from __future__ import annotations
@@ -258,7 +258,9 @@ def tensors(images: np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor, torch
     return ImageRecords(torch.from_numpy(images)[:, None], torch.from_numpy(labels)).tensors()
 
 
-def evaluate(cell: Cell, root: str, device: str, protocols: dict[str, tuple[str, ...]], seeds: list[int], only: list[str]) -> None:
+def evaluate(
+    cell: Cell, root: str, device: str, protocols: dict[str, tuple[str, ...]], seeds: list[int], only: list[str], bfloat16: bool = False
+) -> None:
     """Trains every classifier that is missing; keeps each as it is done."""
     synthetic, data = images_of(cell, root), data_module(cell, root, 256)
     data.setup("test")
@@ -267,10 +269,13 @@ def evaluate(cell: Cell, root: str, device: str, protocols: dict[str, tuple[str,
         for name in (one for one in classifiers if one in only):
             for seed in seeds:
                 key = f"{protocol} {name}"
-                if str(seed) in evaluations(known(cell), key)[0]:
+                entry = known(cell)
+                if str(seed) in accuracies(entry, key):
                     continue
-                table = tstr(synthetic, real, 10, protocol, [seed], [name], show_progress=False, device=device)
-                keep(cell, {}, (key, seed, round(table.mean(name), 2)))
+                with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
+                    table = tstr(synthetic, real, 10, protocol, [seed], [name], show_progress=False, device=device)
+                precision = {"bfloat16": sorted({*entry.get("bfloat16", []), key})} if bfloat16 else {}
+                keep(cell, precision, (key, seed, round(table.mean(name), 2)))
                 print(f"{cell.name}: {key}, seed {seed}: {table.mean(name):.2f}", flush=True)
 
 
@@ -302,17 +307,20 @@ def keep(cell: Cell, facts: dict[str, Any], evaluation: tuple[str, int, float] |
         path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
 
 
-def evaluations(entry: dict[str, Any], key: str) -> list[dict[str, float]]:
-    """A classifier's accuracies by seed, one for each draw of a cell, the newest first."""
-    return [draw.get("evaluations", {}).get(key, {}) for draw in (entry, *reversed(entry.get("earlier", [])))]
+def accuracies(draw: dict[str, Any], key: str) -> dict[str, float]:
+    """A classifier's accuracies on one draw of a cell, by seed."""
+    found: dict[str, float] = draw.get("evaluations", {}).get(key, {})
+    return found
 
 
 def mean(entry: dict[str, Any], key: str, seeds: int = len(SEEDS)) -> str:
-    draws = evaluations(entry, key)
-    values = list(max(draws, key=len).values())
+    """Of the draw that was evaluated by most seeds, the newest of these."""
+    draws = [entry, *reversed(entry.get("earlier", []))]
+    draw = max(draws, key=lambda one: len(accuracies(one, key)))
+    values = list(accuracies(draw, key).values())
     if not values:
         return "missing"
-    mark = "†" if len(values) > len(draws[0]) else ""
+    mark = ("" if draw is entry else "†") + ("‡" if key in draw.get("bfloat16", []) else "")
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.2f}{spread}{mark}" + (f" ({len(values)} of {seeds})" if len(values) < seeds else "")
 
@@ -361,6 +369,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
     parser.add_argument("--classifiers", nargs="*", choices=ALL, help="only these")
+    parser.add_argument("--bfloat16", action="store_true", help="train classifiers in mixed precision: half the time on a CPU with AMX")
     parser.add_argument("--train", action="store_true")
     parser.add_argument("--evaluate", action="store_true")
     parser.add_argument("--published", action="store_true")
@@ -386,7 +395,7 @@ def main() -> None:
             continue
         if not options.train and (cell.method == "Real" or facts.exists()):
             torch.set_num_threads(options.threads)
-            evaluate(cell, options.root, options.device, protocols, seeds, options.classifiers or small or ALL)
+            evaluate(cell, options.root, options.device, protocols, seeds, options.classifiers or small or ALL, options.bfloat16)
 
 
 if __name__ == "__main__":

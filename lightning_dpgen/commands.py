@@ -75,36 +75,31 @@ def calibrate(
     """
     if (epsilon is None) == (noise_multiplier is None):
         raise ValueError(f"epsilon={epsilon}, noise_multiplier={noise_multiplier}: give one of the two.")
-    plans = {}
+
+    def noises(plan: PrivacyPlan) -> list[float]:
+        if noise_multiplier is not None:
+            return noise_multiplier if isinstance(noise_multiplier, list) else [noise_multiplier]
+        budgets = epsilon if isinstance(epsilon, list) else [epsilon or 0.0]
+        return [calibrate_noise_multiplier(plan, PrivacyBudget(budget, delta)) for budget in budgets]
+
     if method == "mixture":
         if not (batch_size is steps is None):
             given = ", ".join(f"{n}={v}" for n, v in (("batch_size", batch_size), ("steps", steps)) if v is not None)
             raise ValueError(f"{given}: a mixture reads all records once a release. Leave it out.")
         pixels = math.prod(positive_int("image_shape", side) for side in image_shape or [1, 28, 28])
-        plans[0] = mixture_plan(records, pixels)
-    else:
-        if batch_size is None or steps is None:
-            raise ValueError(f"batch_size={batch_size}, steps={steps}: give both for Poisson lots, or --method mixture.")
-        for count in steps if isinstance(steps, list) else [steps]:
-            release = Release("gradient_sum", 1.0, positive_int("steps", count))
-            plans[count] = PrivacyPlan(PoissonSampling(records, batch_size), (release,))
-    found = []
-    for count, plan in plans.items():
-        if noise_multiplier is None:
-            budgets = epsilon if isinstance(epsilon, list) else [epsilon or 0.0]
-            noises = [calibrate_noise_multiplier(plan, PrivacyBudget(budget, delta)) for budget in budgets]
-        else:
-            noises = noise_multiplier if isinstance(noise_multiplier, list) else [noise_multiplier]
-        found += [(count, plan, noise) for noise in noises]
-    if batch_size is None:
-        for _, plan, noise in found:
+        plan = mixture_plan(records, pixels)
+        for noise in noises(plan):
             _print_mixture(plan, noise, delta, num_classes, pixels)
         return
+    if batch_size is None or steps is None:
+        raise ValueError(f"batch_size={batch_size}, steps={steps}: give both for Poisson lots, or --method mixture.")
     table = Table(title=f"{records} records, expected lot {batch_size} (q = {batch_size / records:.5f}), delta = {delta:g}")
     for heading in ("steps", "noise multiplier", "epsilon (PLD, zero-out)", "replace-one", "second accountant (RDP)", "noise / lot"):
         table.add_column(heading, justify="right")
-    for count, plan, noise in found:
-        table.add_row(*_calibration_row(plan, count, noise, delta, batch_size))
+    for count in steps if isinstance(steps, list) else [steps]:
+        plan = PrivacyPlan(PoissonSampling(records, batch_size), (Release("gradient_sum", 1.0, positive_int("steps", count)),))
+        for noise in noises(plan):
+            table.add_row(*_calibration_row(plan, count, noise, delta, batch_size))
     Console().print(table)
 
 

@@ -22,9 +22,11 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
+from math import isclose
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,7 @@ DELTA, SEEDS, PRIOR_SHARE = 1e-5, (0, 1, 2), 0.3
 PROTOCOLS = {name: protocol_named(name).classifiers for name in ("quick", "common")}
 SIX = {"published": protocol_named("published").classifiers}
 ALL = list(dict.fromkeys(name for names in [*PROTOCOLS.values(), *SIX.values()] for name in names))
+TERMS = ("epsilon", "replace_one", "noise_multiplier", "steps")
 PUBLISHED = {  # ConvNet, (10, 1e-5), as printed by Chen, Kerkouche and Fritz (NeurIPS 2022)
     "Real": (99.6, 93.5),
     "DP-CGAN": (50.2, 50.2),
@@ -215,7 +218,7 @@ def fit(cell: Cell, root: str, device: str, threads: int) -> None:
         "train_device": device,
         "train_threads": threads,
         "peak_mib": peak_mib(),
-        "release": sha256((folder / "release" / "images.npz").read_bytes()).hexdigest()[:16],
+        "release": digest_of(cell),
     }
     (folder / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
 
@@ -253,6 +256,12 @@ def images_of(cell: Cell, root: str) -> tuple[torch.Tensor, torch.Tensor]:
         return tensors(release["images"], release["labels"])
 
 
+def digest_of(cell: Cell) -> str | None:
+    """Which draw of a cell the images are; none for the real records."""
+    images = cell.folder / "release" / "images.npz"
+    return None if cell.method == "Real" else sha256(images.read_bytes()).hexdigest()[:16]
+
+
 def tensors(images: np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
     """Grey images ``[N, H, W]`` as a release or a snapshot keeps them, as classifiers take them."""
     return ImageRecords(torch.from_numpy(images)[:, None], torch.from_numpy(labels)).tensors()
@@ -262,20 +271,19 @@ def evaluate(
     cell: Cell, root: str, device: str, protocols: dict[str, tuple[str, ...]], seeds: list[int], only: list[str], bfloat16: bool = False
 ) -> None:
     """Trains every classifier that is missing; keeps each as it is done."""
-    synthetic, data = images_of(cell, root), data_module(cell, root, 256)
+    synthetic, release, data = images_of(cell, root), digest_of(cell), data_module(cell, root, 256)
     data.setup("test")
     real = data.real_test()
     for protocol, classifiers in protocols.items():
         for name in (one for one in classifiers if one in only):
             for seed in seeds:
                 key = f"{protocol} {name}"
-                entry = known(cell)
-                if str(seed) in accuracies(entry, key):
+                if str(seed) in accuracies(known(cell), key):
                     continue
-                with torch.autocast(device, torch.bfloat16, enabled=bfloat16):
+                # no cache: weights that were cast before a step would be used again after it
+                with torch.autocast(device, torch.bfloat16, enabled=bfloat16, cache_enabled=False):
                     table = tstr(synthetic, real, 10, protocol, [seed], [name], show_progress=False, device=device)
-                precision = {"bfloat16": sorted({*entry.get("bfloat16", []), key})} if bfloat16 else {}
-                keep(cell, precision, (key, seed, round(table.mean(name), 2)))
+                record(cell, key, seed, round(table.mean(name), 2), release, bfloat16)
                 print(f"{cell.name}: {key}, seed {seed}: {table.mean(name):.2f}", flush=True)
 
 
@@ -283,28 +291,45 @@ def results_file(scale: str) -> Path:
     return Path(__file__).parent / "results" / f"table-{scale}.json"
 
 
-def known(cell: Cell) -> dict[str, Any]:
-    path = results_file(cell.scale)
-    with FileLock(f"{path}.lock"):
-        found: dict[str, Any] = json.loads(path.read_text()).get(cell.name, {}) if path.exists() else {}
-    return found
-
-
-def keep(cell: Cell, facts: dict[str, Any], evaluation: tuple[str, int, float] | None = None) -> None:
-    """Adds to the results, also while other processes do."""
-    path = results_file(cell.scale)
+@contextmanager
+def results(scale: str) -> Iterator[dict[str, Any]]:
+    """What is known of a scale, by cell; changes are written. One process at a time."""
+    path = results_file(scale)
     path.parent.mkdir(exist_ok=True)
     with FileLock(f"{path}.lock"):
-        results = json.loads(path.read_text()) if path.exists() else {}
-        entry = results.setdefault(cell.name, {})
-        if "release" in facts and entry.get("release", facts["release"]) != facts["release"]:
-            earlier = entry.pop("earlier", [])
-            results[cell.name] = entry = {"earlier": [*earlier, entry]}
-        entry.update(facts)
-        if evaluation is not None:
-            key, seed, value = evaluation
-            entry.setdefault("evaluations", {}).setdefault(key, {})[str(seed)] = value
-        path.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+        before = path.read_text() if path.exists() else "{}"
+        found: dict[str, Any] = json.loads(before)
+        yield found
+        after = json.dumps(found, indent=1, sort_keys=True) + "\n"
+        if found and after != before:
+            path.write_text(after)
+
+
+def known(cell: Cell) -> dict[str, Any]:
+    with results(cell.scale) as found:
+        entry: dict[str, Any] = found.get(cell.name, {})
+    return entry
+
+
+def keep(cell: Cell, facts: dict[str, Any]) -> None:
+    """Adds what a training took. Another draw's facts and accuracies stay beside it, if they were had on the same terms."""
+    with results(cell.scale) as found:
+        entry = found.get(cell.name, {})
+        if entry.get("release", facts["release"]) != facts["release"]:
+            earlier = [*entry.pop("earlier", []), entry]
+            entry = {"earlier": [one for one in earlier if all(isclose(one[term], facts[term], rel_tol=1e-6) for term in TERMS)]}
+        found[cell.name] = {**entry, **facts}
+
+
+def record(cell: Cell, key: str, seed: int, accuracy: float, release: str | None, bfloat16: bool) -> None:
+    """Adds an accuracy to the draw that it was had on."""
+    with results(cell.scale) as found:
+        entry = found.setdefault(cell.name, {})
+        if entry.get("release") != release:
+            raise SystemExit(f"{cell.name}: the images are not those of the newest training; train it again, or wait for the one at work.")
+        entry.setdefault("evaluations", {}).setdefault(key, {})[str(seed)] = accuracy
+        if bfloat16:
+            entry["bfloat16"] = sorted({*entry.get("bfloat16", []), key})
 
 
 def accuracies(draw: dict[str, Any], key: str) -> dict[str, float]:

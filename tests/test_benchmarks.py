@@ -40,25 +40,32 @@ def test_every_cell_of_every_scale_has_a_recipe(table):
 
 def test_results_are_kept_cell_by_cell_and_an_earlier_draws_are_marked_until_as_many_seeds_are_done(table):
     cell = next(cell for cell in table.cells("cpu-small") if cell.method == "mixture")
-    table.keep(cell, {"epsilon": 9.9, "release": "one"})
-    table.keep(cell, {}, ("quick LogReg", 0, 80.0))
-    table.keep(cell, {"epsilon": 9.9, "release": "one"}, ("quick LogReg", 1, 82.0))
+    terms = {"epsilon": 9.9, "replace_one": 12.0, "noise_multiplier": 0.5, "steps": 7}
+    table.keep(cell, {**terms, "release": "one"})
+    table.record(cell, "quick LogReg", 0, 80.0, "one", False)
+    table.keep(cell, {**terms, "release": "one", "peak_mib": 500.0})
+    table.record(cell, "quick LogReg", 1, 82.0, "one", False)
     assert "81.00 ± 1.41 (2 of 3)" in table.render("cpu-small")
     assert "missing" in table.render("cpu-small")
-    table.keep(cell, {"epsilon": 9.8, "release": "other"})
-    table.keep(cell, {}, ("quick LogReg", 0, 70.0))
+    table.keep(cell, {**terms, "release": "other", "peak_mib": 600.0})
+    with pytest.raises(SystemExit, match="not those of the newest training"):
+        table.record(cell, "quick LogReg", 2, 99.0, "one", False)
+    table.record(cell, "quick LogReg", 0, 70.0, "other", False)
     assert "81.00 ± 1.41† (2 of 3)" in table.render("cpu-small")
-    assert "9.800" in table.render("cpu-small")
-    assert "9.900" not in table.render("cpu-small")
-    table.keep(cell, {"bfloat16": ["quick LogReg"]}, ("quick LogReg", 1, 72.0))
+    assert "| 600 |" in table.render("cpu-small")
+    table.record(cell, "quick LogReg", 1, 72.0, "other", True)
     assert "71.00 ± 1.41‡ (2 of 3)" in table.render("cpu-small")
     assert "†" not in table.render("cpu-small")
+    table.keep(cell, {**terms, "epsilon": 1.0, "release": "third"})
+    assert "71.00" not in table.render("cpu-small")
 
 
 def test_the_six_classifiers_are_one_seeds_and_have_a_table_of_their_own(table, monkeypatch):
     cell = table.Cell("cpu", "set 10", "MNIST", 10.0)
     (cell.folder).mkdir(parents=True)
     (cell.folder / "facts.json").write_text("{}")
+    monkeypatch.setattr(table, "digest_of", lambda cell: "one")
+    table.keep(cell, {"release": "one"})
     asked = []
     monkeypatch.setattr(table, "images_of", lambda cell, root: None)
     monkeypatch.setattr(table.MNISTDataModule, "setup", lambda self, stage: None)
@@ -86,6 +93,12 @@ def test_a_cell_is_trained_evaluated_and_gone_on_with(table, monkeypatch, capsys
     capsys.readouterr()
     table.main()
     assert capsys.readouterr().out == ""  # nothing is left to do
+    monkeypatch.setattr(sys, "argv", [*arguments[:-1], "1", "--bfloat16"])
+    table.main()
+    again = table.known(table.Cell("cpu-small", "mixture", "digits", 10.0))
+    assert again["bfloat16"] == ["common LogReg", "quick LogReg"]
+    for key in again["bfloat16"]:
+        assert abs(again["evaluations"][key]["1"] - first["evaluations"][key]["0"]) < 5
 
 
 def test_a_curve_is_trained_evaluated_gone_on_with_and_drawn(table, tmp_path, monkeypatch, capsys):

@@ -137,7 +137,8 @@ class PrivateGenerator(pl.LightningModule):
             vars(self)["trained_under"] = "unknown (a checkpoint was loaded in part)"
             raise
         if of is state_dict and privacy is not None:
-            vars(self).update(fit_mark=privacy.get("fit_mark"), trained_under=privacy["run"])
+            mine = {"fit_mark": privacy.get("fit_mark"), "is_mid_fit": not privacy.get("ended", False)}
+            vars(self).update(trained_under=privacy["run"], **mine)
             self.started_from = privacy.get("started_from")
         return keys
 

@@ -43,6 +43,10 @@ log = logging.getLogger(__name__)
 
 GRADIENT_SUM = "gradient_sum"
 ENDED_EARLY = "Training ended after"
+UNENDED = (
+    "The module had been trained by a fit that did not end, and went on without a checkpoint. The claim counts that fit's releases, and "
+    "does not cover a moment of breaking off that records chose."
+)
 ENGINES: dict[str, type[PerRecordEngine]] = {"hooks": HooksEngine, "ghost": GhostEngine, "functional": FunctionalEngine}
 
 
@@ -242,7 +246,7 @@ class PrivateTraining(pl.strategies.Strategy):
         """A lot begins: it must be released, and once."""
         super().on_train_batch_start(batch, batch_idx)
         self.account.promise()
-        vars(self._module)["trained_under"] = self.ledger.run_id
+        vars(self._module).update(trained_under=self.ledger.run_id, is_mid_fit=True)
         self.account.ready().next_lot()
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -328,7 +332,7 @@ class PrivateTraining(pl.strategies.Strategy):
         super().on_train_end()
         self._check_end()
         self._note_early_end()
-        self.ended = True
+        self._end()
         self._module.trainer.callback_metrics["privacy/epsilon"] = torch.tensor(self.epsilon_spent())
         submodule("utilities").rank_zero_info(self.report())
 
@@ -339,7 +343,11 @@ class PrivateTraining(pl.strategies.Strategy):
         if self._prepared and self.account.made.total() >= self.account.ahead.total() and progress.ready == progress.completed:
             with suppress(RuntimeError):  # which the run is ending with, or would have ended with
                 self._check_end()
-                self.ended = True
+                self._end()
+
+    def _end(self) -> None:
+        self.ended = True
+        vars(self._module)["is_mid_fit"] = False
 
     def _check_end(self) -> None:
         self.account.ready().end_lot()
@@ -464,6 +472,8 @@ class PrivateTraining(pl.strategies.Strategy):
             )
         self._begin(plan, Path(trainer.default_root_dir) / "privacy", previous, releases_ahead(plan, steps or 1, done))
         self._prepared, self._private_keys = True, set()
+        if previous is None and getattr(module, "is_mid_fit", False) and UNENDED not in self.account.notes:
+            self.account.notes.append(UNENDED)
         self._note_monitors(trainer)
         submodule("utilities").rank_zero_info(self.summary())
 

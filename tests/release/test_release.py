@@ -18,6 +18,7 @@ from lightning_dpgen import (
     verify_release,
 )
 from lightning_dpgen.release import InvalidRelease, NotCertifiable
+from lightning_dpgen.strategies.private import UNENDED
 
 
 def finished(folder, strategy=None, steps=3, **options) -> pl.Trainer:
@@ -94,6 +95,29 @@ def test_a_run_that_an_error_broke_off_is_certified_after_its_resume_alone_and_w
     third.fit(gan(), loader, ckpt_path=tmp_path / "early.ckpt")
     (note,) = SanitizedRelease.from_trainer(third).certificate["notes"]
     assert note.startswith("Resumed from a checkpoint of 2 releases, when the ledger held 4.")
+
+
+def test_a_fit_that_goes_on_from_a_broken_one_without_a_checkpoint_says_so(tmp_path, digit_records):
+    loader, module = DataLoader(digit_records, batch_size=8), gan()
+    run = trainer(tmp_path, DPStrategy(epsilon=5.0), max_steps=6, max_epochs=-1, callbacks=[Break(2)])
+    with pytest.raises(RuntimeError, match="broken off"):
+        run.fit(module, loader)
+    ledger = run.strategy.ledger.path
+    run.callbacks.clear()
+    run.fit(module, loader)
+    assert SanitizedRelease.from_trainer(run).certificate["notes"] == [UNENDED]
+
+    other = gan()
+    broken = trainer(tmp_path, DPStrategy(noise_multiplier=2.0), max_steps=6, max_epochs=-1, callbacks=[Break(2)])
+    with pytest.raises(RuntimeError, match="broken off"):
+        broken.fit(other, loader)
+    again = trainer(tmp_path, DPStrategy(noise_multiplier=2.0, ledger=broken.strategy.ledger.path), max_steps=6, max_epochs=-1)
+    again.fit(other, loader)
+    assert SanitizedRelease.from_trainer(again).certificate["notes"] == [UNENDED]
+
+    new = trainer(tmp_path, DPStrategy(noise_multiplier=2.0, ledger=ledger), max_steps=6, max_epochs=-1)
+    new.fit(gan(), loader)
+    assert SanitizedRelease.from_trainer(new).certificate["notes"] == []
 
 
 def test_an_error_within_the_last_lot_is_not_certified(tmp_path, digit_records):

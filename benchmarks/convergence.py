@@ -83,7 +83,8 @@ def draw(scale: str) -> None:
             axis.grid(alpha=0.3)
     for row in axes:
         row[0].set_ylabel("ConvNet on real test records, %")
-    axes[0][0].legend(fontsize=8)
+    lines = {line.get_label(): line for axis in axes.flat for line in axis.get_lines()}  # a curve may be missing on one data set
+    figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=6, fontsize=8)
     figure.savefig(FIGURE, dpi=110)
     print(f"written: {FIGURE}")
 

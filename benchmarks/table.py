@@ -95,6 +95,10 @@ class Cell:
     def folder(self) -> Path:
         return Path("runs/table") / self.scale / self.name.replace(" ", "_")
 
+    @property
+    def images(self) -> Path:
+        return self.folder / "release" / "images.npz"
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -252,14 +256,13 @@ def images_of(cell: Cell, root: str) -> tuple[torch.Tensor, torch.Tensor]:
         data.setup("fit")
         images: tuple[torch.Tensor, torch.Tensor] = data.train_records.tensors()
         return images
-    with np.load(cell.folder / "release" / "images.npz") as release:
+    with np.load(cell.images) as release:
         return tensors(release["images"], release["labels"])
 
 
 def digest_of(cell: Cell) -> str | None:
     """Which draw of a cell the images are; none for the real records."""
-    images = cell.folder / "release" / "images.npz"
-    return None if cell.method == "Real" else sha256(images.read_bytes()).hexdigest()[:16]
+    return None if cell.method == "Real" else sha256(cell.images.read_bytes()).hexdigest()[:16]
 
 
 def tensors(images: np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -268,7 +271,7 @@ def tensors(images: np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor, torch
 
 
 def evaluate(
-    cell: Cell, root: str, device: str, protocols: dict[str, tuple[str, ...]], seeds: list[int], only: list[str], bfloat16: bool = False
+    cell: Cell, root: str, device: str, protocols: dict[str, tuple[str, ...]], seeds: list[int], only: list[str], bfloat16: bool
 ) -> None:
     """Trains every classifier that is missing; keeps each as it is done."""
     synthetic, release, data = images_of(cell, root), digest_of(cell), data_module(cell, root, 256)
@@ -291,23 +294,32 @@ def results_file(scale: str) -> Path:
     return Path(__file__).parent / "results" / f"table-{scale}.json"
 
 
-@contextmanager
-def results(scale: str) -> Iterator[dict[str, Any]]:
-    """What is known of a scale, by cell; changes are written. One process at a time."""
+def read(scale: str) -> dict[str, Any]:
+    """What is known of a scale, by cell."""
+    path = results_file(scale)
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def lock(scale: str) -> FileLock:
+    """Held while results are read or written: other processes are at it too."""
     path = results_file(scale)
     path.parent.mkdir(exist_ok=True)
-    with FileLock(f"{path}.lock"):
-        before = path.read_text() if path.exists() else "{}"
-        found: dict[str, Any] = json.loads(before)
+    return FileLock(f"{path}.lock")
+
+
+@contextmanager
+def results(scale: str) -> Iterator[dict[str, Any]]:
+    """What is known of a scale, to be changed; written at the end, unless an error ends it."""
+    with lock(scale):
+        found = read(scale)
         yield found
-        after = json.dumps(found, indent=1, sort_keys=True) + "\n"
-        if found and after != before:
-            path.write_text(after)
+        results_file(scale).write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
 
 
 def known(cell: Cell) -> dict[str, Any]:
-    with results(cell.scale) as found:
-        entry: dict[str, Any] = found.get(cell.name, {})
+    with lock(cell.scale):
+        entry: dict[str, Any] = read(cell.scale).get(cell.name, {})
     return entry
 
 

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from math import isclose
 from pathlib import Path
@@ -54,6 +55,7 @@ from lightning_dpgen import (
 from lightning_dpgen.data.base import ImageRecords
 from lightning_dpgen.evaluation.protocols import protocol_named
 from lightning_dpgen.generators import to_bytes
+from lightning_dpgen.nn.classifiers import CLASSIFIERS
 
 SCALES = ("cpu-small", "cpu", "gpu-paper")
 DELTA, SEEDS, PRIOR_SHARE = 1e-5, (0, 1, 2), 0.3
@@ -290,6 +292,13 @@ def evaluate(
                 print(f"{cell.name}: {key}, seed {seed}: {table.mean(name):.2f}", flush=True)
 
 
+def compile_classifiers() -> None:
+    """Has networks compiled before they are trained: the same arithmetic up to rounding, in down to half the time on a CPU."""
+    torch._dynamo.config.recompile_limit = 64  # every seed's network counts
+    for name, build in CLASSIFIERS.items():
+        CLASSIFIERS[name] = partial(lambda build, *shape: torch.compile(build(*shape)), build)
+
+
 def results_file(scale: str) -> Path:
     return Path(__file__).parent / "results" / f"table-{scale}.json"
 
@@ -407,6 +416,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
     parser.add_argument("--classifiers", nargs="*", choices=ALL, help="only these")
     parser.add_argument("--bfloat16", action="store_true", help="train classifiers in mixed precision: half the time on a CPU with AMX")
+    parser.add_argument("--compile", action="store_true", help="compile classifiers: up to twice as fast on a CPU; needs a C++ compiler")
     parser.add_argument("--train", action="store_true")
     parser.add_argument("--evaluate", action="store_true")
     parser.add_argument("--published", action="store_true")
@@ -420,6 +430,8 @@ def main() -> None:
         cell = next(one for one in [*cells(options.scale), *curves(options.scale)] if one.name == options.cells)
         fit(cell, options.root, options.device, options.threads)
         return
+    if options.compile:
+        compile_classifiers()
     small = ["LogReg"] if options.scale == "cpu-small" else None
     protocols, seeds, chosen = PROTOCOLS, options.seeds, cells(options.scale)
     if options.published:

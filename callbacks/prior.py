@@ -58,7 +58,8 @@ class Prior(pl.Callback):
         """Starts a new generator from the release's images; one that was trained before, or is resumed, goes on from where it was."""
         generator, strategy = as_generator(pl_module, self), trainer.strategy
         assert isinstance(strategy, PrivateTraining)
-        strategy.account.notes += [note for note in self._notes if note not in strategy.account.notes]
+        for note in self._notes:
+            strategy.account.note(note)
         if hasattr(generator, "trained_under"):
             return
         assert generator.prior is not None

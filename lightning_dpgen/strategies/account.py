@@ -55,7 +55,7 @@ class PrivacyAccount:
         before: Releases that the records had already paid for when the last fit began.
         planned: Releases that the last fit may add.
         ahead: Releases that the last fit makes if it runs to its end: ``planned`` without what earlier parts leave to be claimed.
-        notes: Sentences for the certificate.
+        notes: Sentences for the certificate, each once.
         per_step: How many of each release one trainer step makes; 1 where it does not say.
 
     Privacy:
@@ -100,6 +100,13 @@ class PrivacyAccount:
     def made(self) -> Counter[ReleaseEvent]:
         """Releases of the last fit."""
         return self.spent - self._began_with
+
+    def note(self, sentence: str) -> bool:
+        """Adds a sentence for the certificate; returns whether it is new."""
+        if sentence in self.notes:
+            return False
+        self.notes.append(sentence)
+        return True
 
     def epsilon_spent(self, relation: Relation = Relation.ZERO_OUT) -> float:
         """ε of everything so far; 0 before the first release."""
@@ -224,13 +231,15 @@ class PrivacyAccount:
 
     def _continue(self, ledger: PrivacyLedger, previous: dict[str, Any]) -> None:
         self._lost = self._lost | Counter(_counts(previous["lost"]))
-        self.notes += [note for note in previous["notes"] if note not in self.notes]
+        for note in previous["notes"]:
+            self.note(note)
         held, released = len(ledger), _counts(previous["released"])
         missing = ledger.merge(released)
         if missing and held:
-            self.notes.append(f"The ledger file lacked {missing} releases that a checkpoint knew of; they were added again.")
-            log.warning(self.notes[-1])
-        self.notes.append(
+            note = f"The ledger file lacked {missing} releases that a checkpoint knew of; they were added again."
+            self.note(note)
+            log.warning(note)
+        self.note(
             f"Resumed from a checkpoint of {sum(released.values())} releases, when the ledger held {held}. The claim counts them all, and "
             "does not cover a moment of breaking off that records chose."
         )
@@ -283,7 +292,7 @@ class PrivacyAccount:
                 )
             released, promised = Counter(_counts(previous["released"])), Counter(_counts(previous["promised"]))
             self._lost = promised - released
-            self.notes.append(
+            self.note(
                 f"The ledger file of an earlier part of this run was lost. All {sum(self._lost.values())} releases that it had planned "
                 "beyond its checkpoint are counted as made, so the claim may be above the budget."
             )
@@ -335,7 +344,7 @@ class PrivacyAccount:
         if needed <= budget.epsilon:
             return
         if self._lost:
-            log.warning("%s It comes to epsilon=%.3f.", self.notes[-1], needed)
+            log.warning("What a lost ledger had planned counts as made: with it this run comes to epsilon=%.3f.", needed)
             return
         raise BudgetExhausted(
             f"ledger {ledger.run_id} already holds {len(ledger)} releases; with this run's they come to epsilon={needed:.3f}, above "

@@ -12,11 +12,10 @@ from typing import Any, cast
 from uuid import uuid4
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_dpgen._compat import pl, submodule
-from lightning_dpgen._validate import non_negative, one_of, positive, positive_int
+from lightning_dpgen._validate import non_negative, positive
 from lightning_dpgen.privacy.budget import PrivacyBudget
 from lightning_dpgen.privacy.ledger import PrivacyLedger
 from lightning_dpgen.privacy.mechanism import GaussianMechanism
@@ -32,25 +31,20 @@ from lightning_dpgen.strategies.compatibility import (
     private_roots,
     set_passes,
 )
-from lightning_dpgen.strategies.engine import PerRecordEngine, SingleRecordEngine, part_of, record_count
-from lightning_dpgen.strategies.functional import CHUNK, FunctionalEngine
-from lightning_dpgen.strategies.ghost import GhostEngine
-from lightning_dpgen.strategies.hooks import HooksEngine
+from lightning_dpgen.strategies.dp_sgd import DPSGD, GRADIENT_SUM
 from lightning_dpgen.strategies.loaders import check_loader, fresh_randomness, private_loader
-from lightning_dpgen.strategies.probe import SCHEDULE, Probe, check_collate
+from lightning_dpgen.strategies.probe import check_collate
 
 log = logging.getLogger(__name__)
 
-GRADIENT_SUM = "gradient_sum"
 ENDED_EARLY = "Training ended after"
 UNENDED = (
     "The module had been trained by a fit that did not end, and went on without a checkpoint. The claim counts that fit's releases, and "
     "does not cover a moment of breaking off that records chose."
 )
-ENGINES: dict[str, type[PerRecordEngine]] = {"hooks": HooksEngine, "ghost": GhostEngine, "functional": FunctionalEngine}
 
 
-class PrivateTraining(pl.strategies.Strategy):
+class PrivateTraining(DPSGD):
     """Mixed into a Lightning strategy; see :class:`~lightning_dpgen.strategies.DPStrategy` for arguments and guarantee."""
 
     rank, world = 0, 1
@@ -79,8 +73,7 @@ class PrivateTraining(pl.strategies.Strategy):
         self.budget = None if epsilon is None else PrivacyBudget(epsilon, delta)
         self.delta = PrivacyBudget(1.0, delta).delta
         self._clip_norm = clip_norm
-        self._grad_sample = one_of("grad_sample", grad_sample, tuple(ENGINES))
-        self._physical = None if physical_batch_size is None else positive_int("physical_batch_size", physical_batch_size)
+        self._set_engine_arguments(grad_sample, physical_batch_size)
         self._private_modules = private_modules
         self._stream = SecretStream(secure=secure_noise)
         self.account = PrivacyAccount(
@@ -88,16 +81,9 @@ class PrivateTraining(pl.strategies.Strategy):
         )
         self.open_ended = False
         self.fit_mark, self.ended = "", False
-        self._engine: PerRecordEngine | None = None
-        self._probe: Probe | None = None
-        self._private: torch.optim.Optimizer | None = None
-        self._guards: list[Any] = []
-        self._probed: list[Any] = []
-        self._probed_before = False
-        self._records = self._batch_size = self._pending = 0
+        self._records = self._batch_size = 0
         self._restored: dict[str, Any] | None = None
-        self._prepared = self._lot_is_open = False
-        self._private_keys: set[str] = set()
+        self._prepared = False
         self.ledger_checks: list[Callable[[PrivacyLedger], None]] = []
         self._users_epochs: int | None = None
 
@@ -232,15 +218,7 @@ class PrivateTraining(pl.strategies.Strategy):
         super().on_train_start()
         loader = self._check_sampling(self._module.trainer)
         if self._engine is not None:
-            self._engine.settle()
-            self._engine.check_modes()
-            self._probe = Probe(self, self._engine, loader, super().training_step)
-            try:
-                self._probe.run()
-                self._probed = [self._private, *self._probe.stepped]
-                self._probed_before |= all(any(one is seen for seen in self._probed) for one in self.optimizers)
-            finally:
-                self._probe = None
+            self._check_engine(self._engine, loader)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """A lot begins: it must be released, and once."""
@@ -248,84 +226,6 @@ class PrivateTraining(pl.strategies.Strategy):
         self.account.promise()
         vars(self._module).update(trained_under=self.ledger.run_id, is_mid_fit=True)
         self.account.ready().next_lot()
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's step: on chunks of the lot, and not at all on the records of an empty one."""
-        engine = self._engine
-        if engine is None:
-            output = super().training_step(*args, **kwargs)
-            self._stop_if_spent()
-            return output
-        with fresh_randomness(self.root_device):
-            return self._engine_step(engine, args[0], args[1:])
-
-    def _engine_step(self, engine: PerRecordEngine, batch: Any, rest: tuple[Any, ...]) -> Any:
-        count = record_count(batch)
-        engine.open()
-        engine.check_modes()
-        if not self._module.automatic_optimization:
-            return self._manual_step(engine, batch, count, rest)
-        self._pending = 0
-        if count == 0:
-            return self._zero_loss(engine)
-        if isinstance(engine, FunctionalEngine):
-            return self._functional_step(engine, batch, count, rest)
-        output, losses = None, []
-        size = self._physical or count
-        for start in range(0, count, size):
-            engine.absorb(self._pending)
-            end = min(count, start + size)
-            output = super().training_step(part_of(batch, start, end, count) if size < count else batch, *rest)
-            loss = loss_of(output)
-            self._pending = 0 if loss is None else end - start
-            if loss is not None:
-                losses.append(loss.detach() * (end - start))
-            if loss is None:
-                engine.clear()
-            elif end < count:
-                self.backward(loss, self._private)
-        loss = loss_of(output)
-        if loss is None or size >= count:
-            return output if losses or loss is not None else None
-        mean = torch.stack(losses).sum() / count
-        return with_loss(output, loss + (mean - loss).detach())
-
-    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """As in Lightning; rows of what ``zero_grad`` has wiped since are forgotten first."""
-        engine = self._engine
-        if engine is not None and all(parameter.grad is None for parameter in engine.parameters.values()):
-            engine.forget_rows()
-        return super().backward(closure_loss, optimizer, *args, **kwargs)
-
-    def optimizer_step(self, optimizer: Any, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        """Steps; the optimizer of what sees records on the released gradient in place of the raw one."""
-        engine = self._engine
-        if engine is None:
-            return super().optimizer_step(optimizer, closure, model, **kwargs)
-        if self._probe is not None:
-            closure()
-            self._probe.saw(optimizer is self._private, optimizer)
-            return None
-        if self._private is None or optimizer is not self._private:
-            return self._public_step(engine, optimizer, closure, model, **kwargs)
-
-        def private_closure() -> Tensor:
-            engine.stepping = False  # the hook has let this step pass; none may follow within the closure
-            closure()
-            engine.absorb(self._pending)
-            self._pending = 0
-            self._release(engine)
-            return torch.zeros((), device=self.root_device)  # not the loss, which an optimizer could step by
-
-        engine.stepping = True
-        try:
-            output = super().optimizer_step(optimizer, private_closure, model, **kwargs)
-        finally:
-            engine.stepping = False
-        engine.stepped(optimizer)
-        self._lot_is_open = False
-        self._stop_if_spent()
-        return output
 
     def on_train_end(self) -> None:
         """Puts the spent ε into ``trainer.callback_metrics`` and says it."""
@@ -374,16 +274,11 @@ class PrivateTraining(pl.strategies.Strategy):
 
     def teardown(self) -> None:
         """Leaves the module without hooks."""
-        self._prepared, self._restored, self._private = False, None, None
+        self._prepared, self._restored = False, None
         self.ledger_checks.clear()
         if self._users_epochs is not None:
             self._module.trainer.fit_loop.max_epochs, self._users_epochs = self._users_epochs, None
-        for guard in self._guards:
-            guard.remove()
-        self._guards.clear()
-        if self._engine is not None:
-            self._engine.detach()
-            self._engine = None
+        self._detach()
         super().teardown()
 
     # What several processes do otherwise ------------------------------------------------------------------------------
@@ -395,18 +290,7 @@ class PrivateTraining(pl.strategies.Strategy):
 
         self.account.begin(plan, folder, previous, ahead, check)
 
-    def _average_gradients(self, optimizer: torch.optim.Optimizer) -> None:
-        """Averages the gradients of a public optimizer over processes."""
-
     # Planning --------------------------------------------------------------------------------------------------------
-
-    @property
-    def _module(self) -> pl.LightningModule:
-        return cast(pl.LightningModule, self.lightning_module)
-
-    @property
-    def _owns_releases(self) -> bool:
-        return callable(getattr(self._module, "configure_privacy", None))
 
     def _check_sampling(self, trainer: pl.Trainer) -> DataLoader[Any]:
         loader = trainer.train_dataloader
@@ -472,8 +356,8 @@ class PrivateTraining(pl.strategies.Strategy):
             )
         self._begin(plan, Path(trainer.default_root_dir) / "privacy", previous, releases_ahead(plan, steps or 1, done))
         self._prepared, self._private_keys = True, set()
-        if previous is None and getattr(module, "is_mid_fit", False) and UNENDED not in self.account.notes:
-            self.account.notes.append(UNENDED)
+        if previous is None and getattr(module, "is_mid_fit", False):
+            self.account.note(UNENDED)
         self._note_monitors(trainer)
         submodule("utilities").rank_zero_info(self.summary())
 
@@ -492,8 +376,7 @@ class PrivateTraining(pl.strategies.Strategy):
             if key in ("step", "epoch"):  # Lightning's own counts, unless a training step logs under their name
                 continue
             note = f"{user} followed {key!r}, a number that was not released under differential privacy."
-            if note not in self.account.notes:
-                self.account.notes.append(note)
+            if self.account.note(note):
                 log.warning("%s What it chooses is outside the guarantee unless that number is from public data.", note)
 
     def _note_early_end(self) -> None:
@@ -504,7 +387,7 @@ class PrivateTraining(pl.strategies.Strategy):
                 f"{ENDED_EARLY} {made} of {planned} planned releases; the claim counts them all. That covers the moment of "
                 "stopping only if it was chosen by released numbers, the clock or chance, not by records."
             )
-            self.account.notes.append(note)
+            self.account.note(note)
             log.warning(note)
 
     def summary(self) -> str:
@@ -525,115 +408,3 @@ class PrivateTraining(pl.strategies.Strategy):
             f"Privacy spent: epsilon = {self.epsilon_spent():.3f} at delta = {self.delta:g} (zero-out), {len(self.ledger)} releases, noise "
             f"multiplier {self.noise_multiplier:g}. Ledger: {self.ledger.path}"
         )
-
-    # DP-SGD ----------------------------------------------------------------------------------------------------------
-
-    def _attach(self, module: pl.LightningModule, roots: tuple[str, ...]) -> None:
-        kind = SingleRecordEngine if self._physical == 1 else ENGINES[self._grad_sample]
-        engine = kind(module, self.plan.releases[0].clip_norm, roots)
-        engine.attach()
-        self._engine = engine
-        private = self._private
-        assert private is not None
-        self._guards.append(private.register_step_pre_hook(lambda *_: engine.guard(private)))
-
-    def _manual_step(self, engine: PerRecordEngine, batch: Any, count: int, rest: tuple[Any, ...]) -> Any:
-        self._pending, self._lot_is_open = count, True
-        output = super().training_step(batch if count else one_blank_record(batch), *rest)
-        engine.check_parameters()
-        if self._lot_is_open:
-            raise RuntimeError(
-                f"{type(self._module).__name__}.training_step did not step its private optimizer on this lot. Every lot must "
-                "release, since "
-                "which lots do not may tell of records: step it once in every training_step, and the others as often as you like."
-            )
-        return output
-
-    def _functional_step(self, engine: FunctionalEngine, batch: Any, count: int, rest: tuple[Any, ...]) -> Tensor:
-        size, losses, logged = self._physical or CHUNK, [], []
-        for start in range(0, count, size):
-            end = min(count, start + size)
-            chunk_losses, chunk_logged = engine.absorb_step(super().training_step, part_of(batch, start, end, count), *rest)
-            losses.append(chunk_losses)
-            logged.append((end - start, chunk_logged))
-        for name, (_, arguments) in logged[0][1].items():
-            mean = sum(n * values[name][0] for n, values in logged) / count
-            self._module.log(name, mean, **{"batch_size": count, **arguments})
-        return self._zero_loss(engine) + torch.cat(losses).mean()
-
-    @staticmethod
-    def _zero_loss(engine: PerRecordEngine) -> Tensor:
-        return cast(Tensor, sum(parameter.sum() * 0.0 for parameter in engine.parameters.values()))
-
-    def _public_step(self, engine: PerRecordEngine, optimizer: Any, closure: Callable[[], Any], model: Any, **kwargs: Any) -> Any:
-        if not self._probed_before and not any(optimizer is one for one in self._probed):
-            raise RuntimeError(
-                f"a {type(optimizer).__name__} that is not private steps now and did not in the check before training, so it is not "
-                f"known whether its gradient depends on records. Step it once within the first {SCHEDULE} batches, by batch_idx or a "
-                "counter of the module's own; trainer.global_step stands still during the check."
-            )
-
-        def public_closure() -> Any:
-            loss = closure()
-            self._average_gradients(optimizer)
-            return loss
-
-        private = {id(parameter) for parameter in engine.parameters.values()}
-        if any(id(parameter) in private for group in optimizer.param_groups for parameter in group["params"]):
-            raise RuntimeError(f"a {type(optimizer).__name__} holds parameters that see records and is not the private optimizer.")
-        output = super().optimizer_step(optimizer, public_closure, model, **kwargs)
-        engine.stepped(optimizer)
-        return output
-
-    def _release(self, engine: PerRecordEngine) -> None:
-        released = self.account.ready().release(GRADIENT_SUM, engine.take())
-        divisor = cast(PoissonSampling, self.plan.sampling).expected_batch_size
-        for name, parameter in engine.parameters.items():
-            parameter.grad = (released[name] / divisor).to(parameter.dtype)
-
-    def _stop_if_spent(self) -> None:
-        trainer = self._module.trainer
-        self._note_logged(trainer)
-        if not self.account.is_spent():
-            return
-        trainer.should_stop = True
-        if not trainer.fit_loop._can_stop_early:
-            log.warning("min_epochs/min_steps ask for more, but epsilon is spent: training stops here.")
-            trainer.fit_loop.min_epochs = 0
-            trainer.fit_loop.epoch_loop.min_steps = None
-
-    def _note_logged(self, trainer: pl.Trainer) -> None:
-        """Says once which of the user's numbers from training lots are outside the guarantee; refuses choices made by them."""
-        if self._owns_releases:
-            return
-        handed = ("training_step", "on_train_batch_start", "on_train_batch_end")  # hooks that are handed records
-        names = {metric.meta.name for metric in trainer.fit_loop._results.values() if metric.meta.fx in handed} - {"privacy/epsilon"}
-        new = sorted(names - self._private_keys)
-        if new:
-            self._private_keys |= names
-            log.warning("training logs %s: not released under differential privacy, for the owner's eyes only.", ", ".join(new))
-        for user, key in monitored(trainer, self.lr_scheduler_configs):
-            if {key, key.removesuffix("_step"), key.removesuffix("_epoch")} & names:
-                raise ValueError(
-                    f"{user} follows {key!r}, logged by a hook that is handed records, without noise: what it chooses would leave with the "
-                    "weights. Monitor 'privacy/epsilon', or a number from public data that on_train_epoch_end or validation logs."
-                )
-
-
-def loss_of(output: Any) -> Tensor | None:
-    """The loss in what a training step returned."""
-    return cast("Tensor | None", output.get("loss") if isinstance(output, dict) else output)
-
-
-def with_loss(output: Any, loss: Tensor) -> Any:
-    """What a training step returned, with another loss."""
-    return {**output, "loss": loss} if isinstance(output, dict) else loss
-
-
-def one_blank_record(batch: Any) -> Any:
-    """An empty batch with one record of zeros in it, for a step that could not run on none."""
-
-    def filled(leaf: Any) -> Any:
-        return leaf.new_zeros((1, *leaf.shape[1:])) if isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == 0 else leaf
-
-    return torch.utils._pytree.tree_map(filled, batch)

@@ -27,7 +27,7 @@ from lightning_dpgen.strategies.hooks import HooksEngine
 from lightning_dpgen.strategies.loaders import EmptyAwareCollate
 
 if TYPE_CHECKING:
-    from lightning_dpgen.strategies.private import PrivateTraining
+    from lightning_dpgen.strategies.dp_sgd import DPSGD
 
 LOT = 4
 MOST = 0.05
@@ -52,7 +52,7 @@ class Probe:
         owner before training.
     """
 
-    def __init__(self, strategy: PrivateTraining, engine: PerRecordEngine, loader: DataLoader[Any], step: Callable[..., Any]) -> None:
+    def __init__(self, strategy: DPSGD, engine: PerRecordEngine, loader: DataLoader[Any], step: Callable[..., Any]) -> None:
         self.strategy, self.engine, self.loader, self.step = strategy, engine, loader, step
         self.module = strategy._module
         reduced = "bf16" in str(self.module.trainer.precision)
@@ -234,7 +234,7 @@ class Probe:
             )
 
 
-def check_collate(strategy: PrivateTraining, loader: DataLoader[Any]) -> None:
+def check_collate(strategy: DPSGD, loader: DataLoader[Any]) -> None:
     """Refuses a ``collate_fn`` that mixes, drops or repeats records, where a module makes its own releases.
 
     Raises:
@@ -251,7 +251,7 @@ def check_collate(strategy: PrivateTraining, loader: DataLoader[Any]) -> None:
             check_row_independence(rows, lot, exchanged, 1e-6)
 
 
-def batch_of(strategy: PrivateTraining, loader: DataLoader[Any], records: Sequence[Any], seed: int) -> Any:
+def batch_of(strategy: DPSGD, loader: DataLoader[Any], records: Sequence[Any], seed: int) -> Any:
     """What the training step would be given of these records."""
     _seed(seed)
     collated = cast(EmptyAwareCollate, loader.collate_fn).collate(list(records))
@@ -342,7 +342,7 @@ def plain_attributes(module: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def undisturbed(module: Any, strategy: PrivateTraining) -> Iterator[None]:
+def undisturbed(module: Any, strategy: DPSGD) -> Iterator[None]:
     """Weights, buffers, plain attributes, metrics, optimizers, schedulers, logging and random states are as before afterwards."""
     tensors = [*module.parameters(), *module.buffers()]
     values = [tensor.detach().clone() for tensor in tensors]

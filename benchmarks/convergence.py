@@ -25,7 +25,7 @@ from lightning_dpgen import tstr
 FIGURE = Path(__file__).parent.parent / "docs" / "convergence.png"
 CLASSIFIER = {"cpu-small": "LogReg"}
 COLORS = {"1": "#4477aa", "10": "#cc6677", "20": "#117733"}
-COLUMNS = ("cell", "step", "epsilon", "accuracy")
+COLUMNS = ("cell", "step", "epsilon", "accuracy", "release")
 
 
 def log_of(scale: str) -> Path:
@@ -40,9 +40,20 @@ def logged(scale: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def write(scale: str, rows: list[dict[str, str]]) -> None:
+    with open(log_of(scale), "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def evaluate(cell: table.Cell, root: str, device: str) -> None:
-    """Evaluates each kept set of a run that is not in the log."""
-    done = {int(row["step"]) for row in logged(cell.scale) if row["cell"] == cell.name}
+    """Evaluates each kept set of a run that is not in the log; lines of an earlier draw go."""
+    release = str(table.digest_of(cell))
+    with table.lock(cell.scale):
+        rows = [row for row in logged(cell.scale) if row["cell"] != cell.name or row["release"] == release]
+        write(cell.scale, rows)
+    done = {int(row["step"]) for row in rows if row["cell"] == cell.name}
     data = table.data_module(cell, root, 256)
     real, classifier = data.real_test(), CLASSIFIER.get(cell.scale, "ConvNet32")
     with np.load(cell.folder / "snapshots.npz") as kept:
@@ -54,13 +65,9 @@ def evaluate(cell: table.Cell, root: str, device: str) -> None:
             results = tstr(synthetic, real, data.num_classes, "quick", [0], [classifier], show_progress=False, device=device)
             accuracy = results.mean(classifier)
             print(f"{cell.name}: step {step}, epsilon {epsilon:.3f}: {accuracy:.2f}", flush=True)
-            path = log_of(cell.scale)
-            is_new = not path.exists()
-            with open(path, "a", encoding="utf-8", newline="") as file:
-                writer = csv.writer(file)
-                if is_new:
-                    writer.writerow(COLUMNS)
-                writer.writerow((cell.name, int(step), f"{epsilon:.4f}", f"{accuracy:.2f}"))
+            values = (cell.name, str(int(step)), f"{epsilon:.4f}", f"{accuracy:.2f}", release)
+            with table.lock(cell.scale):
+                write(cell.scale, [*logged(cell.scale), dict(zip(COLUMNS, values, strict=True))])
 
 
 def draw(scale: str) -> None:

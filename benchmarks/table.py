@@ -10,7 +10,7 @@ Scales: ``cpu-small`` (scikit-learn's digits, no download, a few minutes in all:
 FashionMNIST, about a quarter of an hour a cell on one thread), ``gpu-paper`` (the published loops; hours on a GPU). Results are kept in
 ``benchmarks/results/table-SCALE.json``, releases in ``runs/table/SCALE``. A cell is one training and one noise draw; what stands after ± is
 the deviation over evaluation seeds. A cell whose release is gone is trained again; until its new draw is evaluated by as many seeds, an
-accuracy of the earlier draw stands, marked †. What was evaluated with ``--bfloat16`` is marked ‡.
+accuracy of the earlier draw stands, marked †. What was evaluated with ``--bfloat16`` is marked ‡, with ``--compile`` §.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ DELTA, SEEDS, PRIOR_SHARE = 1e-5, (0, 1, 2), 0.3
 PROTOCOLS = {name: protocol_named(name).classifiers for name in ("quick", "common")}
 SIX = {"published": protocol_named("published").classifiers}
 ALL = list(dict.fromkeys(name for names in [*PROTOCOLS.values(), *SIX.values()] for name in names))
+MARKS = {"bfloat16": "‡", "compile": "§"}
 TERMS = ("epsilon", "replace_one", "noise_multiplier", "steps")
 PUBLISHED = {  # ConvNet, (10, 1e-5), as printed by Chen, Kerkouche and Fritz (NeurIPS 2022)
     "Real": (99.6, 93.5),
@@ -273,7 +274,7 @@ def tensors(images: np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor, torch
 
 
 def evaluate(
-    cell: Cell, root: str, device: str, protocols: dict[str, tuple[str, ...]], seeds: list[int], only: list[str], bfloat16: bool
+    cell: Cell, root: str, device: str, protocols: dict[str, tuple[str, ...]], seeds: list[int], only: list[str], how: list[str]
 ) -> None:
     """Trains every classifier that is missing; keeps each as it is done."""
     synthetic, release, data = images_of(cell, root), digest_of(cell), data_module(cell, root, 256)
@@ -286,15 +287,16 @@ def evaluate(
                 if str(seed) in accuracies(known(cell), key):
                     continue
                 # no cache: weights that were cast before a step would be used again after it
-                with torch.autocast(device, torch.bfloat16, enabled=bfloat16, cache_enabled=False):
+                with torch.autocast(device, torch.bfloat16, enabled="bfloat16" in how, cache_enabled=False):
                     table = tstr(synthetic, real, 10, protocol, [seed], [name], show_progress=False, device=device)
-                record(cell, key, seed, round(table.mean(name), 2), release, bfloat16)
+                record(cell, key, seed, round(table.mean(name), 2), release, how)
                 print(f"{cell.name}: {key}, seed {seed}: {table.mean(name):.2f}", flush=True)
 
 
 def compile_classifiers() -> None:
-    """Has networks compiled before they are trained: the same arithmetic up to rounding, in down to half the time on a CPU."""
-    torch._dynamo.config.recompile_limit = 64  # every seed's network counts
+    """Has networks compiled before they are trained: the same up to rounding, dropout's masks included, and faster on a CPU."""
+    torch._dynamo.config.recompile_limit = 64  # networks, sizes of batches and modes count
+    torch._inductor.config.fallback_random = True
     for name, build in CLASSIFIERS.items():
         CLASSIFIERS[name] = partial(lambda build, *shape: torch.compile(build(*shape)), build)
 
@@ -342,15 +344,15 @@ def keep(cell: Cell, facts: dict[str, Any]) -> None:
         found[cell.name] = {**entry, **facts}
 
 
-def record(cell: Cell, key: str, seed: int, accuracy: float, release: str | None, bfloat16: bool) -> None:
-    """Adds an accuracy to the draw that it was had on."""
+def record(cell: Cell, key: str, seed: int, accuracy: float, release: str | None, how: list[str]) -> None:
+    """Adds an accuracy to the draw that it was had on, and which of ``MARKS`` it was had with."""
     with results(cell.scale) as found:
         entry = found.setdefault(cell.name, {})
         if entry.get("release") != release:
             raise SystemExit(f"{cell.name}: the images are not those of the newest training; train it again, or wait for the one at work.")
         entry.setdefault("evaluations", {}).setdefault(key, {})[str(seed)] = accuracy
-        if bfloat16:
-            entry["bfloat16"] = sorted({*entry.get("bfloat16", []), key})
+        for option in how:
+            entry[option] = sorted({*entry.get(option, []), key})
 
 
 def accuracies(draw: dict[str, Any], key: str) -> dict[str, float]:
@@ -366,7 +368,7 @@ def mean(entry: dict[str, Any], key: str, seeds: int = len(SEEDS)) -> str:
     values = list(accuracies(draw, key).values())
     if not values:
         return "missing"
-    mark = ("" if draw is entry else "†") + ("‡" if key in draw.get("bfloat16", []) else "")
+    mark = ("" if draw is entry else "†") + "".join(mark for option, mark in MARKS.items() if key in draw.get(option, []))
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.2f}{spread}{mark}" + (f" ({len(values)} of {seeds})" if len(values) < seeds else "")
 
@@ -415,8 +417,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seeds", type=int, nargs="*", default=SEEDS)
     parser.add_argument("--classifiers", nargs="*", choices=ALL, help="only these")
-    parser.add_argument("--bfloat16", action="store_true", help="train classifiers in mixed precision: half the time on a CPU with AMX")
-    parser.add_argument("--compile", action="store_true", help="compile classifiers: up to twice as fast on a CPU; needs a C++ compiler")
+    parser.add_argument("--bfloat16", action="store_true", help="classifiers in mixed precision: faster on a CPU with AMX")
+    parser.add_argument("--compile", action="store_true", help="compile classifiers: faster on a CPU; needs a C++ compiler")
     parser.add_argument("--train", action="store_true")
     parser.add_argument("--evaluate", action="store_true")
     parser.add_argument("--published", action="store_true")
@@ -430,6 +432,7 @@ def main() -> None:
         cell = next(one for one in [*cells(options.scale), *curves(options.scale)] if one.name == options.cells)
         fit(cell, options.root, options.device, options.threads)
         return
+    how = [option for option in MARKS if getattr(options, option)]
     if options.compile:
         compile_classifiers()
     small = ["LogReg"] if options.scale == "cpu-small" else None
@@ -444,7 +447,7 @@ def main() -> None:
             continue
         if not options.train and (cell.method == "Real" or facts.exists()):
             torch.set_num_threads(options.threads)
-            evaluate(cell, options.root, options.device, protocols, seeds, options.classifiers or small or ALL, options.bfloat16)
+            evaluate(cell, options.root, options.device, protocols, seeds, options.classifiers or small or ALL, how)
 
 
 if __name__ == "__main__":

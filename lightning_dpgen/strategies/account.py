@@ -236,7 +236,7 @@ class PrivacyAccount:
         held, released = len(ledger), _counts(previous["released"])
         missing = ledger.merge(released)
         if missing and held:
-            note = f"The ledger file lacked {missing} releases that a checkpoint knew of; they were added again."
+            note = f"The ledger file, of {held} releases, lacked {missing} that a checkpoint knew of; they were added again."
             self.note(note)
             log.warning(note)
         self.note(

@@ -35,8 +35,8 @@ class DPSGD(pl.strategies.Strategy):
 
     Privacy:
         Of a lot's records only the clipped sum of their gradients reaches the private optimizer, through the account's
-        mechanism, once a lot. Every other optimizer is let step only if the check before training saw its gradient not
-        depend on records.
+        mechanism, once a lot. Every other optimizer is let step only if the check before training, or before that of the run
+        that is resumed, saw its gradient not depend on records.
     """
 
     account: PrivacyAccount

@@ -12,7 +12,7 @@ import torch
 import yaml
 from PIL import Image
 
-from lightning_dpgen import GSWGAN, MixturePPCA, load_release
+from lightning_dpgen import DPGAN, DPMERF, GSWGAN, MixturePPCA, load_release
 from lightning_dpgen.cli import main
 from lightning_dpgen.generators import gs_wgan
 
@@ -105,6 +105,31 @@ def test_every_mixture_config_runs_and_makes_a_release(config, place, idx_root, 
     assert main(["fit", "--config", "small.yaml"]) == 0
     release = place / settings["trainer"]["callbacks"][-1]["init_args"]["path"]
     assert 9.8 < load_release(release).epsilon <= 10
+    assert main(["verify", str(release)]) == 0
+    assert main(["generate", str(release), "more", "--per_class", "2"]) == 0
+    assert len(list((place / "more").rglob("*.png"))) == 2 * len(load_release(release).class_names)
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("dp_*.yaml")), ids=lambda path: path.stem)
+def test_every_baseline_config_runs_and_makes_a_release(config, place, idx_root, monkeypatch):
+    for kind in (DPGAN, DPMERF):
+        monkeypatch.setattr(kind, "release_labels", lambda self: torch.arange(self.num_classes).repeat_interleave(20))
+    settings = yaml.safe_load(config.read_text())
+    settings["trainer"] |= {"accelerator": "cpu", "enable_progress_bar": False}
+    if settings["model"]["class_path"] == "DPMERF":
+        settings["model"]["init_args"] = {"generator_steps": 5}
+    else:
+        settings["trainer"]["max_steps"] = 2
+        settings["data"]["init_args"]["batch_size"] = 20
+    for callback in settings["trainer"]["callbacks"]:
+        if callback["class_path"] == "TSTREvaluation":
+            callback["init_args"] = {"seeds": [0], "classifiers": ["LogReg"]}
+    if "root" in settings["data"]["init_args"]:
+        settings["data"]["init_args"]["root"] = str(idx_root)
+    (place / "small.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["fit", "--config", "small.yaml"]) == 0
+    release = place / settings["trainer"]["callbacks"][-1]["init_args"]["path"]
+    assert load_release(release).epsilon <= 10
     assert main(["verify", str(release)]) == 0
     assert main(["generate", str(release), "more", "--per_class", "2"]) == 0
     assert len(list((place / "more").rglob("*.png"))) == 2 * len(load_release(release).class_names)

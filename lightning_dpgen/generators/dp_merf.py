@@ -207,11 +207,10 @@ class DPMERF(FullPassGenerator):
 
     def knobs(self) -> dict[str, dict[str, Any]]:
         """The arguments, each with its origin."""
-        parameters = inspect.signature(type(self).__init__).parameters
         found = {
-            name: {"value": value, "origin": TUNED if value == parameters[name].default else "set by the user"}
-            for name, value in self.hparams.items()
-            if name not in ("num_classes", "image_shape")
+            name: {"value": self.hparams[name], "origin": TUNED if self.hparams[name] == parameter.default else "set by the user"}
+            for name, parameter in inspect.signature(type(self).__init__).parameters.items()
+            if name in self.hparams and name not in ("num_classes", "image_shape")
         }
         if int(self.steps_made) != self.generator_steps:
             found["generator_steps"] = {"value": int(self.steps_made), "origin": "set by the user"}

@@ -1,7 +1,7 @@
 """The convergence figure: TSTR against updates and against ε, for 1, 10 and 20 images a class, with and without the generator prior.
 
     python benchmarks/convergence.py --scale cpu   # trains and evaluates what is missing, 3 to 30 minutes a curve on one thread
-    python benchmarks/convergence.py --draw        # draws docs/convergence.png from the logs
+    python benchmarks/convergence.py --draw        # draws docs/convergence.png from the logs (at other scales runs/convergence-SCALE.png)
 
 Private set generation by gradient matching at (10, 1e-5): the cells of ``table.py`` that have the method's name, whose sets it keeps six
 times a run. Each of these is evaluated by the ConvNet of ``quick``, one seed, and logged with ε as a line of
@@ -89,11 +89,13 @@ def draw(scale: str) -> None:
             axis.set_title(cell.data)
             axis.grid(alpha=0.3)
     for row in axes:
-        row[0].set_ylabel("ConvNet on real test records, %")
+        row[0].set_ylabel(f"{CLASSIFIER.get(scale, 'ConvNet32')} on real test records, %")
     lines = {line.get_label(): line for axis in axes.flat for line in axis.get_lines()}  # a curve may be missing on one data set
     figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=6, fontsize=8)
-    figure.savefig(FIGURE, dpi=110)
-    print(f"written: {FIGURE}")
+    path = FIGURE if scale == "cpu" else Path("runs") / f"convergence-{scale}.png"
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=110)
+    print(f"written: {path}")
 
 
 def main() -> None:

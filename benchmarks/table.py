@@ -61,7 +61,9 @@ SCALES = ("cpu-small", "cpu", "gpu-paper")
 DELTA, SEEDS, PRIOR_SHARE = 1e-5, (0, 1, 2), 0.3
 PROTOCOLS = {name: protocol_named(name).classifiers for name in ("quick", "common")}
 SIX = {"published": protocol_named("published").classifiers}
-ALL = list(dict.fromkeys(name for names in [*PROTOCOLS.values(), *SIX.values()] for name in names))
+ALL = tuple(dict.fromkeys(name for names in [*PROTOCOLS.values(), *SIX.values()] for name in names))
+SMALL = ("LogReg",)
+"""The classifiers of ``cpu-small``."""
 MARKS = {"bfloat16": "‡", "compile": "§"}
 TERMS = ("epsilon", "replace_one", "noise_multiplier", "steps")
 PUBLISHED = {  # ConvNet, (10, 1e-5), as printed by Chen, Kerkouche and Fritz (NeurIPS 2022)
@@ -167,6 +169,11 @@ def cells(scale: str) -> list[Cell]:
     found = [Cell(scale, method, one, 10.0) for method in METHODS for one in data_of(scale)]
     found += [Cell(scale, method, one, 1.0) for method in AT_ONE for one in data_of(scale)]
     return found + ([Cell(scale, LONGER, "MNIST", 10.0)] if scale == "cpu" else [])
+
+
+def trained(scale: str) -> tuple[str, ...]:
+    """The classifiers of a scale."""
+    return SMALL if scale == "cpu-small" else ALL
 
 
 def curves(scale: str) -> list[Cell]:
@@ -378,12 +385,13 @@ def mean(entry: dict[str, Any], key: str, seeds: int = len(SEEDS)) -> str:
 def render(scale: str) -> str:
     """The tables in Markdown."""
     text = []
+    columns = [(protocol, name) for protocol, names in PROTOCOLS.items() for name in names if name in trained(scale)]
     for place, data in enumerate(data_of(scale)):
         headings = [
             "method",
             "ε spent",
             "replace-one",
-            *(f"{n} ({p})" for p, names in PROTOCOLS.items() for n in names),
+            *(f"{name} ({protocol})" for protocol, name in columns),
             "published ConvNet",
         ]
         headings += ["train, s", "of a CPU", "peak MiB"]
@@ -395,7 +403,7 @@ def render(scale: str) -> str:
                 f"{cell.method}, ε = {cell.epsilon:g}" if cell.method != "Real" else "Real",
                 *(f"{entry[key]:.3f}" if key in entry else "-" for key in ("epsilon", "replace_one")),
             ]
-            row += [mean(entry, f"{p} {n}") for p, names in PROTOCOLS.items() for n in names]
+            row += [mean(entry, f"{protocol} {name}") for protocol, name in columns]
             row += [str(published[place]) if published else "-"]
             row += [f"{entry[key]:.0f}" if key in entry else "-" for key in ("train_seconds", "train_cpu_seconds", "peak_mib")]
             text.append("| " + " | ".join(row) + " |")
@@ -440,7 +448,6 @@ def main() -> None:
     how = [option for option in MARKS if getattr(options, option)]
     if options.compile:
         compile_classifiers()
-    small = ["LogReg"] if options.scale == "cpu-small" else None
     protocols, seeds, chosen = PROTOCOLS, options.seeds, cells(options.scale)
     if options.published:
         protocols, seeds = SIX, SEEDS[:1]
@@ -452,7 +459,7 @@ def main() -> None:
             continue
         if not options.train and (cell.method == "Real" or facts.exists()):
             torch.set_num_threads(options.threads)
-            evaluate(cell, options.root, options.device, protocols, seeds, options.classifiers or small or ALL, how)
+            evaluate(cell, options.root, options.device, protocols, seeds, options.classifiers or list(trained(options.scale)), how)
 
 
 if __name__ == "__main__":

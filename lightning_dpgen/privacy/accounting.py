@@ -33,6 +33,8 @@ MAX_CELLS = 1e7
 MIN_DELTA = 1e-12
 """Below this δ the library's truncated tails would dominate, and the claim is RDP."""
 
+log = logging.getLogger(__name__)
+
 _PairCounts = tuple[tuple[DominatingPair, int], ...]
 
 
@@ -201,6 +203,14 @@ def calibrate_noise_multiplier(plan: PrivacyPlan, budget: PrivacyBudget, spent: 
         rounded = _rounded_up(z)
         while epsilon(events(rounded), budget.delta).value > budget.epsilon:
             rounded = _rounded_up(1.005 * rounded)
+        if (found := epsilon(events(rounded), budget.delta).value) < budget.epsilon / 2:
+            log.warning(
+                "epsilon=%g is below what the accountants resolve for this plan: the noise multiplier %g keeps %.2g, with more noise than "
+                "the budget asks for. Use a larger epsilon.",
+                budget.epsilon,
+                rounded,
+                found,
+            )
         return rounded
 
     def pairs(z: float) -> _PairCounts:

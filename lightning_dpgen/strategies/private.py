@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -146,7 +147,15 @@ class PrivateTraining(DPSGD):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         """Reads the checkpoint and, when fitting, what its run had spent."""
-        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        try:
+            checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        except FileNotFoundError:
+            raise
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            raise ValueError(
+                f"{checkpoint_path} cannot be read as a checkpoint ({type(error).__name__}: {error}); it may be cut short. Give an "
+                "earlier one: what was released since is in the ledger, and counts."
+            ) from error
         if self._module.trainer.state.fn == "fit":
             if "privacy" not in checkpoint:
                 raise ValueError(

@@ -199,3 +199,13 @@ def test_rdp_is_a_second_opinion_on_poisson_critics():
     figure = epsilon(plan.events(2.14), 1e-5)
     assert figure.value == pytest.approx(3.153, abs=0.002)
     assert figure.value < figure.rdp < 1.15 * figure.value
+
+
+def test_a_budget_finer_than_the_accountants_is_kept_and_said(caplog):
+    plan = PrivacyPlan(PoissonSampling(1400, 256), (Release("gradient_sum", 1.0, 12),))
+    noise = calibrate_noise_multiplier(plan, PrivacyBudget(0.001, 1e-5))
+    assert plan.epsilon(noise, 1e-5) <= 0.001
+    assert "below what the accountants resolve" in caplog.text
+    caplog.clear()
+    calibrate_noise_multiplier(plan, PrivacyBudget(0.1, 1e-5))
+    assert not caplog.text

@@ -136,6 +136,21 @@ def test_a_ledger_that_lacks_what_its_checkpoint_knew_is_completed_and_says_so(t
     assert "lacked 3 that" in again.strategy.account.notes[0]
 
 
+@pytest.mark.parametrize("kept", [0, 5_000])
+def test_a_checkpoint_that_is_cut_short_is_refused_in_words_and_the_ledger_is_left_alone(tmp_path, digit_records, kept):
+    run = fit(tmp_path, Mlp(), digit_records, 8, noise_multiplier=1.0, trainer_options={"max_steps": 3})
+    run.save_checkpoint(tmp_path / "three.ckpt")
+    (tmp_path / "cut.ckpt").write_bytes((tmp_path / "three.ckpt").read_bytes()[:kept])
+    before = run.strategy.ledger.path.read_bytes()
+    again = trainer(tmp_path, DPStrategy(noise_multiplier=1.0), max_steps=5)
+    with pytest.raises(ValueError, match=r"cut\.ckpt cannot be read as a checkpoint"):
+        again.fit(Mlp(), DataLoader(digit_records, batch_size=8), ckpt_path=tmp_path / "cut.ckpt")
+    assert run.strategy.ledger.path.read_bytes() == before
+    again = trainer(tmp_path, DPStrategy(noise_multiplier=1.0), max_steps=5)
+    again.fit(Mlp(), DataLoader(digit_records, batch_size=8), ckpt_path=tmp_path / "three.ckpt")
+    assert len(again.strategy.ledger) == 5
+
+
 def test_a_release_is_of_the_module_that_was_trained(tmp_path):
     run = psg_fit(tmp_path, generator(), DPStrategy(epsilon=5.0), 2)
     other = generator()

@@ -151,6 +151,9 @@ def tstr(
             f"synthetic images are {tuple(images.shape[1:])}, real test images {tuple(test_images.shape[1:])}: this release is not of "
             "this data set."
         )
+    if chosen.standardize:
+        deviation, mean = torch.std_mean(images, dim=(0, 2, 3), keepdim=True)
+        images, test_images = ((one - mean) / deviation.clamp_min(1e-3) for one in (images, test_images))
     shape = (images.shape[1], images.shape[2], images.shape[3])
     table = TSTRTable(protocol, len(images))
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())

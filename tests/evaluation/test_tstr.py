@@ -29,6 +29,21 @@ def test_seeds_repeat_and_the_random_state_is_left_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_the_published_protocol_does_not_see_how_bright_images_are():
+    data = DigitsDataModule()
+    data.setup()
+    images, labels = data.train_records.tensors()
+    real, real_labels = data.real_test()
+    dark = [tensor * 0.1 + 0.4 for tensor in (images[:200], real)]
+    found = {}
+    for protocol in ("quick", "published"):
+        bright = tstr((images[:200], labels[:200]), (real, real_labels), 10, protocol, [0], ["MLP"], show_progress=False)
+        other = tstr((dark[0], labels[:200]), (dark[1], real_labels), 10, protocol, [0], ["MLP"], show_progress=False)
+        found[protocol] = bright.mean("MLP"), other.mean("MLP")
+    assert abs(found["published"][0] - found["published"][1]) < 1
+    assert found["published"][1] > found["quick"][1] + 5
+
+
 def test_protocols_say_how_long_they_train():
     assert PROTOCOLS["published"].updates(100) == 300
     assert PROTOCOLS["quick"].updates(100) == 300

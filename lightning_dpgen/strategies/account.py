@@ -124,6 +124,10 @@ class PrivacyAccount:
                 ahead[event] = steps * self._step(event.name)
         return epsilon((self.spent + ahead).items(), self.terms.delta).value
 
+    def epsilon_planned(self) -> float:
+        """ε of what the records had paid for before the last fit and of all that it plans."""
+        return epsilon((self.before + self.planned).items(), self.terms.delta).value
+
     def is_spent(self) -> bool:
         """Whether a budget was given and allows no further trainer step."""
         mechanism = self.ready()
@@ -300,11 +304,10 @@ class PrivacyAccount:
             others = sorted(file.name for file in folder.glob("*.jsonl"))
             if others:
                 log.warning(
-                    "%s holds %d earlier ledgers (%s). This run starts a new one: its certificate will not count theirs. If they are of "
-                    "the same records, every run costs again; DPStrategy(ledger='%s') counts runs together.",
+                    "%s holds earlier ledgers (%s). This run starts a new one: its certificate will not count theirs. If they are of the "
+                    "same records, every run costs again; DPStrategy(ledger='%s') counts this run together with that one.",
                     folder,
-                    len(others),
-                    ", ".join(others[-3:]),
+                    ", ".join(others[-3:]) + ("" if len(others) < 4 else f" and {len(others) - 3} others"),
                     folder / others[-1],
                 )
         ledger = PrivacyLedger(path, run)
@@ -340,7 +343,7 @@ class PrivacyAccount:
                 f"epsilon={budget.epsilon:g} is spent: ledger {ledger.run_id} holds {len(ledger)} releases. What was trained may be "
                 "used freely, but these records allow no more training under this budget."
             )
-        needed = epsilon((self.before + self.planned).items(), self.terms.delta).value
+        needed = self.epsilon_planned()
         if needed <= budget.epsilon:
             return
         if self._lost:

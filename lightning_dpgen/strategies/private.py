@@ -405,10 +405,11 @@ class PrivateTraining(DPSGD):
         sampling = mechanism.plan.sampling
         rate = f", expected lot {sampling.expected_batch_size}" if isinstance(sampling, PoissonSampling) else ""
         counts = ", ".join(f"{r.count} x {r.name} (clip norm {r.clip_norm:g})" for r in mechanism.plan.releases)
-        claim = mechanism.plan.epsilon(mechanism.noise_multiplier, self.delta)
+        claim, together = mechanism.plan.epsilon(mechanism.noise_multiplier, self.delta), self.account.epsilon_planned()
+        earlier = f" ({together:.3f} with what its ledger holds)" if together > 1.001 * claim else ""
         return (
             f"DPStrategy: {sampling.records} records, {type(sampling).__name__}{rate}; {counts}; noise multiplier "
-            f"{mechanism.noise_multiplier:g}; epsilon {claim:.3f} at delta {self.delta:g}. Ledger: {mechanism.ledger.path}"
+            f"{mechanism.noise_multiplier:g}; epsilon {claim:.3f}{earlier} at delta {self.delta:g}. Ledger: {mechanism.ledger.path}"
         )
 
     def report(self) -> str:

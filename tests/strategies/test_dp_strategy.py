@@ -253,6 +253,7 @@ def test_a_given_ledger_is_composed_with_what_it_holds(tmp_path, digit_records):
     fit(tmp_path, Mlp(), digit_records, 8, noise_multiplier=1.0, ledger=path, trainer_options={"max_steps": 20})
     run = fit(tmp_path, Mlp(), digit_records, 8, noise_multiplier=1.0, ledger=path, trainer_options={"max_steps": 20})
     assert run.strategy.epsilon_spent() == pytest.approx(5.79, abs=0.02)
+    assert f"({run.strategy.epsilon_spent():.3f} with what its ledger holds)" in run.strategy.summary()
     with pytest.raises(BudgetExhausted, match="already comes to epsilon=5"):
         fit(tmp_path, Mlp(), digit_records, 8, epsilon=3.0, ledger=path)
 

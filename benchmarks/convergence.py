@@ -40,25 +40,21 @@ def logged(scale: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def write(scale: str, rows: list[dict[str, str]]) -> None:
-    with open(log_of(scale), "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+def kept(cell: table.Cell, release: str) -> list[dict[str, str]]:
+    """The log without lines of an earlier draw of this cell."""
+    return [row for row in logged(cell.scale) if row["cell"] != cell.name or row["release"] == release]
 
 
 def evaluate(cell: table.Cell, root: str, device: str) -> None:
-    """Evaluates each kept set of a run that is not in the log; lines of an earlier draw go."""
+    """Evaluates each kept set of a run that is not in the log; the first new line takes those of an earlier draw out."""
     release = str(table.digest_of(cell))
     with table.lock(cell.scale):
-        rows = [row for row in logged(cell.scale) if row["cell"] != cell.name or row["release"] == release]
-        write(cell.scale, rows)
-    done = {int(row["step"]) for row in rows if row["cell"] == cell.name}
+        done = {int(row["step"]) for row in kept(cell, release) if row["cell"] == cell.name}
     data = table.data_module(cell, root, 256)
     real, classifier = data.real_test(), CLASSIFIER.get(cell.scale, "ConvNet32")
-    with np.load(cell.folder / "snapshots.npz") as kept:
-        labels = kept["labels"]
-        for step, epsilon, images in zip(kept["steps"], kept["epsilons"], kept["images"], strict=True):
+    with np.load(cell.folder / "snapshots.npz") as sets:
+        labels = sets["labels"]
+        for step, epsilon, images in zip(sets["steps"], sets["epsilons"], sets["images"], strict=True):
             if int(step) in done:
                 continue
             synthetic = table.tensors(images, labels)
@@ -67,7 +63,11 @@ def evaluate(cell: table.Cell, root: str, device: str) -> None:
             print(f"{cell.name}: step {step}, epsilon {epsilon:.3f}: {accuracy:.2f}", flush=True)
             values = (cell.name, str(int(step)), f"{epsilon:.4f}", f"{accuracy:.2f}", release)
             with table.lock(cell.scale):
-                write(cell.scale, [*logged(cell.scale), dict(zip(COLUMNS, values, strict=True))])
+                rows = [*kept(cell, release), dict(zip(COLUMNS, values, strict=True))]
+                with open(log_of(cell.scale), "w", encoding="utf-8", newline="") as file:
+                    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+                    writer.writeheader()
+                    writer.writerows(rows)
 
 
 def draw(scale: str) -> None:

@@ -42,97 +42,80 @@ def own_images(root: Path) -> None:
                 Image.fromarray(pixels).save(folder / f"{number}.png")
 
 
-@pytest.mark.parametrize("config", sorted(CONFIGS.glob("psg_*.yaml")), ids=lambda path: path.stem)
-def test_every_generator_config_runs_and_makes_a_release(config, place, idx_root):
+def settings_of(config: Path) -> dict:
     settings = yaml.safe_load(config.read_text())
-    arguments = ["fit", "--config", str(config), *SMALL]
-    evaluation = next(i for i, c in enumerate(settings["trainer"]["callbacks"]) if c["class_path"] == "TSTREvaluation")
-    settings["trainer"]["callbacks"][evaluation]["init_args"] = {"seeds": [0], "classifiers": ["LogReg"]}
-    if settings["model"]["init_args"]["preset"] == "published":
-        settings["trainer"]["max_steps"] = 2
-    else:
-        settings["trainer"]["max_epochs"] = 1
+    settings["trainer"] |= {"accelerator": "cpu", "enable_progress_bar": False}
+    return settings
+
+
+def made(settings: dict, place: Path, idx_root: Path, *more: str, protocol: str = "quick") -> Path:
+    """Runs a configuration on small data, with one cheap classifier, and verifies its release."""
+    for callback in settings["trainer"]["callbacks"]:
+        if callback["class_path"] == "TSTREvaluation":
+            callback["init_args"] = {"seeds": [0], "protocol": protocol, "classifiers": ["LogReg"]}
     if "root" in settings["data"]["init_args"]:
         settings["data"]["init_args"]["root"] = str(idx_root)
     if settings["data"]["class_path"] == "ImagesDataModule":
         own_images(place)
-    settings["data"]["init_args"]["batch_size"] = 20
     (place / "small.yaml").write_text(yaml.safe_dump(settings))
-    arguments[2] = "small.yaml"
-    assert main(arguments) == 0
+    assert main(["fit", "--config", "small.yaml", *more]) == 0
     release = place / settings["trainer"]["callbacks"][-1]["init_args"]["path"]
-    assert load_release(release).epsilon <= 10
     assert main(["verify", str(release)]) == 0
+    return release
+
+
+def check_that_it_generates(release: Path, place: Path) -> None:
+    assert main(["generate", str(release), "more", "--per_class", "2"]) == 0
+    assert len(list((place / "more").rglob("*.png"))) == 2 * len(load_release(release).class_names)
+
+
+def twenty_a_class(self) -> torch.Tensor:
+    return torch.arange(self.num_classes).repeat_interleave(20)
+
+
+@pytest.mark.parametrize("config", sorted(CONFIGS.glob("psg_*.yaml")), ids=lambda path: path.stem)
+def test_every_generator_config_runs_and_makes_a_release(config, place, idx_root):
+    settings = settings_of(config)
+    assert "TSTREvaluation" in [callback["class_path"] for callback in settings["trainer"]["callbacks"]]
+    settings["trainer"] |= {"max_steps": 2} if settings["model"]["init_args"]["preset"] == "published" else {"max_epochs": 1}
+    settings["data"]["init_args"]["batch_size"] = 20
+    release = made(settings, place, idx_root, *SMALL)
+    assert load_release(release).epsilon <= 10
     assert not [path for path in place.rglob("*") if ":" in path.name]
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("gs_wgan_*.yaml")), ids=lambda path: path.stem)
 def test_every_gs_wgan_config_runs_and_makes_a_release(config, place, idx_root, monkeypatch):
     monkeypatch.setattr(gs_wgan, "FAKES", 2)
-    monkeypatch.setattr(GSWGAN, "release_labels", lambda self: torch.arange(self.num_classes).repeat_interleave(20))
-    settings = yaml.safe_load(config.read_text())
-    settings["trainer"] |= {"max_steps": 2, "accelerator": "cpu", "enable_progress_bar": False}
-    for callback in settings["trainer"]["callbacks"]:
-        if callback["class_path"] == "TSTREvaluation":
-            callback["init_args"] = {"seeds": [0], "classifiers": ["LogReg"]}
+    monkeypatch.setattr(GSWGAN, "release_labels", twenty_a_class)
+    settings = settings_of(config)
+    settings["trainer"]["max_steps"] = 2
     settings["model"].setdefault("init_args", {}).update(num_critics=10, batch_size=20, warm_up_steps=1)
-    if "root" in settings["data"]["init_args"]:
-        settings["data"]["init_args"]["root"] = str(idx_root)
-    if settings["data"]["class_path"] == "ImagesDataModule":
-        own_images(place)
     settings["data"]["init_args"]["batch_size"] = 2
-    (place / "small.yaml").write_text(yaml.safe_dump(settings))
-    assert main(["fit", "--config", "small.yaml"]) == 0
-    release = place / settings["trainer"]["callbacks"][-1]["init_args"]["path"]
-    assert main(["verify", str(release)]) == 0
-    assert main(["generate", str(release), "more", "--per_class", "2"]) == 0
-    assert len(list((place / "more").rglob("*.png"))) == 2 * len(load_release(release).class_names)
+    check_that_it_generates(made(settings, place, idx_root), place)
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("mixture_*.yaml")), ids=lambda path: path.stem)
 def test_every_mixture_config_runs_and_makes_a_release(config, place, idx_root, monkeypatch):
-    monkeypatch.setattr(MixturePPCA, "release_labels", lambda self: torch.arange(self.num_classes).repeat_interleave(20))
-    settings = yaml.safe_load(config.read_text())
-    settings["trainer"] |= {"accelerator": "cpu", "enable_progress_bar": False}
-    for callback in settings["trainer"]["callbacks"]:
-        if callback["class_path"] == "TSTREvaluation":
-            callback["init_args"] = {"seeds": [0], "protocol": "common", "classifiers": ["LogReg"]}
-    if "root" in settings["data"]["init_args"]:
-        settings["data"]["init_args"]["root"] = str(idx_root)
-    if settings["data"]["class_path"] == "ImagesDataModule":
-        own_images(place)
-    (place / "small.yaml").write_text(yaml.safe_dump(settings))
-    assert main(["fit", "--config", "small.yaml"]) == 0
-    release = place / settings["trainer"]["callbacks"][-1]["init_args"]["path"]
+    monkeypatch.setattr(MixturePPCA, "release_labels", twenty_a_class)
+    release = made(settings_of(config), place, idx_root, protocol="common")
     assert 9.8 < load_release(release).epsilon <= 10
-    assert main(["verify", str(release)]) == 0
-    assert main(["generate", str(release), "more", "--per_class", "2"]) == 0
-    assert len(list((place / "more").rglob("*.png"))) == 2 * len(load_release(release).class_names)
+    check_that_it_generates(release, place)
 
 
 @pytest.mark.parametrize("config", sorted(CONFIGS.glob("dp_*.yaml")), ids=lambda path: path.stem)
 def test_every_baseline_config_runs_and_makes_a_release(config, place, idx_root, monkeypatch):
     for kind in (DPGAN, DPMERF):
-        monkeypatch.setattr(kind, "release_labels", lambda self: torch.arange(self.num_classes).repeat_interleave(20))
-    settings = yaml.safe_load(config.read_text())
-    settings["trainer"] |= {"accelerator": "cpu", "enable_progress_bar": False}
+        monkeypatch.setattr(kind, "release_labels", twenty_a_class)
+    settings = settings_of(config)
     if settings["model"]["class_path"] == "DPMERF":
         settings["model"]["init_args"] = {"generator_steps": 5}
     else:
         settings["trainer"]["max_steps"] = 2
         settings["data"]["init_args"]["batch_size"] = 20
-    for callback in settings["trainer"]["callbacks"]:
-        if callback["class_path"] == "TSTREvaluation":
-            callback["init_args"] = {"seeds": [0], "classifiers": ["LogReg"]}
-    if "root" in settings["data"]["init_args"]:
-        settings["data"]["init_args"]["root"] = str(idx_root)
-    (place / "small.yaml").write_text(yaml.safe_dump(settings))
-    assert main(["fit", "--config", "small.yaml"]) == 0
-    release = place / settings["trainer"]["callbacks"][-1]["init_args"]["path"]
+    release = made(settings, place, idx_root)
     assert load_release(release).epsilon <= 10
-    assert main(["verify", str(release)]) == 0
-    assert main(["generate", str(release), "more", "--per_class", "2"]) == 0
-    assert len(list((place / "more").rglob("*.png"))) == 2 * len(load_release(release).class_names)
+    check_that_it_generates(release, place)
 
 
 def test_the_classifier_config_trains_and_is_tested(place, idx_root, capsys):

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import pytorch_lightning as pl
-from helpers import Mlp, fit, trainer
+from helpers import Mlp, fit, flat, noised, trainer
 from lightning_dpgen.callbacks import PrivacyBudgetStop
 from torch.utils.data import DataLoader
 
@@ -19,7 +19,7 @@ from lightning_dpgen import (
     calibrate_noise_multiplier,
     verify_release,
 )
-from lightning_dpgen.privacy import PrivacyLedger
+from lightning_dpgen.privacy import BudgetExhausted, PrivacyLedger
 from lightning_dpgen.privacy.plan import FullPass, PoissonSampling, PrivacyPlan, Relation, Release
 from lightning_dpgen.release import NotCertifiable
 from lightning_dpgen.release.certificate import claim
@@ -248,3 +248,132 @@ def test_a_refused_fit_promises_nothing(tmp_path, digit_records):
     with pytest.raises(ValueError, match="PrivacyBudgetStop"):
         fit(tmp_path, Mlp(), digit_records, 8, **options)
     assert PrivacyLedger(path).promised == {}
+
+
+class Crash(pl.Callback):
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.global_step == self.at:
+            raise RuntimeError("crash")
+
+
+def test_crash_and_resume_count_everything(tmp_path, digit_records):
+    # Releases 13 before the crash, 10 after the resume from step 10: 23, where a naive count says 20.
+    checkpoints = pl.callbacks.ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=5, save_top_k=-1, filename="{step}")
+    options = {"max_steps": 20, "enable_checkpointing": True}
+    with pytest.raises(RuntimeError, match="crash"):
+        fit(tmp_path, Mlp(), digit_records, 13, trainer_options={**options, "callbacks": [checkpoints, Crash(13)]}, noise_multiplier=1.5)
+    for releases in (23, 33):  # a second resume from the same checkpoint adds again
+        run = trainer(tmp_path, DPStrategy(noise_multiplier=1.5), **options)
+        run.fit(Mlp(), DataLoader(digit_records, batch_size=13), ckpt_path=tmp_path / "ckpt" / "step=10.ckpt")
+        assert run.global_step == 20
+        assert len(run.strategy.ledger) == releases
+    assert len(list((tmp_path / "privacy").glob("*.jsonl"))) == 1
+
+
+def test_a_crashed_run_with_a_budget_ends_early(tmp_path, digit_records):
+    checkpoints = pl.callbacks.ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=5, save_top_k=-1, filename="{step}")
+    options = {"max_steps": 10, "enable_checkpointing": True}
+    with pytest.raises(RuntimeError, match="crash"):
+        fit(tmp_path, Mlp(), digit_records, 16, trainer_options={**options, "callbacks": [checkpoints, Crash(8)]}, epsilon=3.0)
+    resume = {"ckpt_path": tmp_path / "ckpt" / "step=5.ckpt"}
+    run = trainer(tmp_path, DPStrategy(epsilon=3.0), **options)
+    run.fit(Mlp(), DataLoader(digit_records, batch_size=16), **resume)
+    assert run.global_step == 7  # 8 were spent, 2 were left
+    assert run.strategy.epsilon_spent() <= 3.0
+    for other, message in (({"epsilon": 4.0}, "3.0.*4.0"), ({"epsilon": 3.0, "clip_norm": 2.0}, "clip_norm")):
+        with pytest.raises(ValueError, match=message):
+            trainer(tmp_path, DPStrategy(**other), **options).fit(Mlp(), DataLoader(digit_records, batch_size=16), **resume)
+    with pytest.raises(ValueError, match="another plan: plan sampling expected_batch_size was 16 and is 8 here"):
+        trainer(tmp_path, DPStrategy(epsilon=3.0), **options).fit(Mlp(), DataLoader(digit_records, batch_size=8), **resume)
+    with pytest.raises(ValueError, match="releases count was 10 and is 20 here"):
+        trainer(tmp_path, DPStrategy(epsilon=3.0), max_steps=20).fit(Mlp(), DataLoader(digit_records, batch_size=16), **resume)
+    next((tmp_path / "privacy").glob("*.jsonl")).unlink()
+    with pytest.raises(ValueError, match='ledger .* is missing.*"?new'):
+        trainer(tmp_path, DPStrategy(epsilon=3.0), **options).fit(Mlp(), DataLoader(digit_records, batch_size=16), **resume)
+    run = trainer(tmp_path, DPStrategy(epsilon=3.0, ledger="new"), **options)
+    run.fit(Mlp(), DataLoader(digit_records, batch_size=16), **resume)
+    assert len(run.strategy.ledger) == 10  # the checkpoint's 5 were carried over
+    assert run.strategy.account.notes
+
+
+def test_noise_after_a_resume_is_fresh_under_one_seed(tmp_path, digit_records):
+    weights = []
+    for _ in range(2):
+        pl.seed_everything(0, verbose=False)
+        module = Mlp(zero_loss=True)
+        fit(tmp_path, module, digit_records, 16, noise_multiplier=1.0)
+        weights.append(flat(module))
+    assert noised(*weights)
+
+
+def test_a_second_fit_adds_and_a_budget_is_for_all_fits(tmp_path, digit_records):
+    strategy = DPStrategy(noise_multiplier=1.0)
+    run = fit(tmp_path, Mlp(), digit_records, 8, strategy=strategy, trainer_options={"max_steps": 20})
+    first = run.strategy.epsilon_spent()
+    run.fit_loop.epoch_loop.max_steps = 40
+    run.fit(run.lightning_module, DataLoader(digit_records, batch_size=8))
+    assert len(strategy.ledger) == 40
+    assert strategy.epsilon_spent() == pytest.approx(5.79, abs=0.02)
+    assert first == pytest.approx(4.36, abs=0.02)
+
+    strategy = DPStrategy(epsilon=3.0)
+    run = fit(tmp_path, Mlp(), digit_records, 8, strategy=strategy, trainer_options={"max_steps": 5})
+    run.fit_loop.epoch_loop.max_steps = 10
+    for module in (run.lightning_module, Mlp()):
+        with pytest.raises(BudgetExhausted, match="is spent"):
+            run.fit(module, DataLoader(digit_records, batch_size=8))
+    assert len(strategy.ledger) == 5
+
+
+def test_a_given_ledger_is_composed_with_what_it_holds(tmp_path, digit_records):
+    path = tmp_path / "data-set.jsonl"
+    fit(tmp_path, Mlp(), digit_records, 8, noise_multiplier=1.0, ledger=path, trainer_options={"max_steps": 20})
+    run = fit(tmp_path, Mlp(), digit_records, 8, noise_multiplier=1.0, ledger=path, trainer_options={"max_steps": 20})
+    assert run.strategy.epsilon_spent() == pytest.approx(5.79, abs=0.02)
+    assert f"({run.strategy.epsilon_spent():.3f} with what its ledger holds)" in run.strategy.summary()
+    with pytest.raises(BudgetExhausted, match="already comes to epsilon=5"):
+        fit(tmp_path, Mlp(), digit_records, 8, epsilon=3.0, ledger=path)
+
+
+def test_a_later_fit_with_another_plan_is_refused_under_a_budget(tmp_path, digit_records):
+    strategy = DPStrategy(epsilon=3.0)
+    run = fit(tmp_path, Mlp(), digit_records, 8, strategy=strategy, trainer_options={"max_steps": 2})
+    run.fit_loop.epoch_loop.max_steps = 4
+    with pytest.raises(ValueError, match=r"expected_batch_size=8.*expected_batch_size=16"):
+        run.fit(Mlp(), DataLoader(digit_records, batch_size=16))
+
+
+def test_the_ledger_of_another_run_is_refused_on_resume(tmp_path, digit_records):
+    run = fit(tmp_path, Mlp(), digit_records, 8, noise_multiplier=1.0, ledger=tmp_path / "one.jsonl", trainer_options={"max_steps": 4})
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    fit(tmp_path, Mlp(), digit_records, 8, noise_multiplier=1.0, ledger=tmp_path / "other.jsonl", trainer_options={"max_steps": 4})
+    for path, message in (("other.jsonl", "belongs to ledger"), ("nothing.jsonl", "is missing")):
+        again = trainer(tmp_path, DPStrategy(noise_multiplier=1.0, ledger=tmp_path / path), max_steps=6)
+        with pytest.raises(ValueError, match=message):
+            again.fit(Mlp(), DataLoader(digit_records, batch_size=8), ckpt_path=tmp_path / "one.ckpt")
+
+
+def test_the_budget_stops_a_run_even_with_min_steps(tmp_path, digit_records):
+    other = DPStrategy(epsilon=3.0)
+    run = trainer(tmp_path, other, max_steps=6, min_steps=6)
+
+    class Spends(pl.Callback):
+        def on_train_start(self, trainer, module):
+            event = other.plan.release_event("gradient_sum", other.noise_multiplier)
+            other.ledger.charge(event, 3)  # as a crashed run would have
+
+    run.callbacks.append(Spends())
+    run.fit(Mlp(), DataLoader(digit_records, batch_size=8))
+    assert run.global_step == 3
+    assert other.epsilon_spent() <= 3.0
+
+
+def test_a_checkpoint_without_a_ledger_is_refused(tmp_path, digit_records):
+    plain = pl.Trainer(max_steps=1, default_root_dir=tmp_path, logger=False, accelerator="cpu", enable_progress_bar=False)
+    plain.fit(Mlp(), DataLoader(digit_records, batch_size=8))
+    plain.save_checkpoint(tmp_path / "plain.ckpt")
+    with pytest.raises(ValueError, match="without DPStrategy"):
+        trainer(tmp_path, DPStrategy(epsilon=3.0)).fit(Mlp(), DataLoader(digit_records, batch_size=8), ckpt_path=tmp_path / "plain.ckpt")

@@ -1,4 +1,4 @@
-"""DP-SGD of a user's own module: the seven tests, resumption and refusals."""
+"""DP-SGD of a user's own module: the tests of the mechanism, and what is refused."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from lightning_dpgen.callbacks import PrivacyMonitor
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
-from torchmetrics import Accuracy
 
 from lightning_dpgen import DPStrategy
-from lightning_dpgen.privacy import BudgetExhausted, PoissonSampling, RowDependenceError
+from lightning_dpgen.privacy import PoissonSampling
 
 
 @pytest.mark.parametrize("clip_norm", [0.05, 50.0])
@@ -127,24 +126,6 @@ def test_a_lot_of_nan_keeps_the_public_state_finite(tmp_path, digits):
     assert len(run.strategy.ledger) == 1
 
 
-def test_rows_that_mix_records_are_refused_before_a_step(tmp_path, digit_records):
-    class Weighted(Mlp):
-        def training_step(self, batch, batch_idx):
-            weights = torch.arange(1.0, 11.0)
-            return F.cross_entropy(self.net(batch[0]), batch[1], weight=weights)
-
-    class Repeats(Mlp):
-        def training_step(self, batch, batch_idx):
-            return F.cross_entropy(self.net(batch[0].repeat_interleave(4, 0)), batch[1].repeat_interleave(4, 0))
-
-    for kind, message in ((Weighted, "exchanged|removed"), (Repeats, "16 gradient rows for a lot of 4")):
-        module = kind()
-        start = flat(module)
-        with pytest.raises((RowDependenceError, RuntimeError), match=message):
-            fit(tmp_path, module, digit_records, 16)
-        assert torch.equal(flat(module), start)
-
-
 def test_layers_in_eval_mode_and_batch_statistics_are_refused(tmp_path, digit_records):
     module = Mlp()
     module.net[1].eval()
@@ -168,94 +149,6 @@ def test_a_layer_that_thaws_is_refused(tmp_path, digit_records):
 
     with pytest.raises(RuntimeError, match=r"net\.1\.bias.*changed|changed.*net\.1\.bias"):
         fit(tmp_path, Thaws(), digit_records, 16, trainer_options={"max_steps": 3})
-
-
-class Crash(pl.Callback):
-    def __init__(self, at: int) -> None:
-        self.at = at
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if trainer.global_step == self.at:
-            raise RuntimeError("crash")
-
-
-def test_crash_and_resume_count_everything(tmp_path, digit_records):
-    # Releases 13 before the crash, 10 after the resume from step 10: 23, where a naive count says 20.
-    checkpoints = pl.callbacks.ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=5, save_top_k=-1, filename="{step}")
-    options = {"max_steps": 20, "enable_checkpointing": True}
-    with pytest.raises(RuntimeError, match="crash"):
-        fit(tmp_path, Mlp(), digit_records, 13, trainer_options={**options, "callbacks": [checkpoints, Crash(13)]}, noise_multiplier=1.5)
-    for releases in (23, 33):  # a second resume from the same checkpoint adds again
-        run = trainer(tmp_path, DPStrategy(noise_multiplier=1.5), **options)
-        run.fit(Mlp(), DataLoader(digit_records, batch_size=13), ckpt_path=tmp_path / "ckpt" / "step=10.ckpt")
-        assert run.global_step == 20
-        assert len(run.strategy.ledger) == releases
-    assert len(list((tmp_path / "privacy").glob("*.jsonl"))) == 1
-
-
-def test_a_crashed_run_with_a_budget_ends_early(tmp_path, digit_records):
-    checkpoints = pl.callbacks.ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=5, save_top_k=-1, filename="{step}")
-    options = {"max_steps": 10, "enable_checkpointing": True}
-    with pytest.raises(RuntimeError, match="crash"):
-        fit(tmp_path, Mlp(), digit_records, 16, trainer_options={**options, "callbacks": [checkpoints, Crash(8)]}, epsilon=3.0)
-    resume = {"ckpt_path": tmp_path / "ckpt" / "step=5.ckpt"}
-    run = trainer(tmp_path, DPStrategy(epsilon=3.0), **options)
-    run.fit(Mlp(), DataLoader(digit_records, batch_size=16), **resume)
-    assert run.global_step == 7  # 8 were spent, 2 were left
-    assert run.strategy.epsilon_spent() <= 3.0
-    for other, message in (({"epsilon": 4.0}, "3.0.*4.0"), ({"epsilon": 3.0, "clip_norm": 2.0}, "clip_norm")):
-        with pytest.raises(ValueError, match=message):
-            trainer(tmp_path, DPStrategy(**other), **options).fit(Mlp(), DataLoader(digit_records, batch_size=16), **resume)
-    with pytest.raises(ValueError, match="another plan: plan sampling expected_batch_size was 16 and is 8 here"):
-        trainer(tmp_path, DPStrategy(epsilon=3.0), **options).fit(Mlp(), DataLoader(digit_records, batch_size=8), **resume)
-    with pytest.raises(ValueError, match="releases count was 10 and is 20 here"):
-        trainer(tmp_path, DPStrategy(epsilon=3.0), max_steps=20).fit(Mlp(), DataLoader(digit_records, batch_size=16), **resume)
-    next((tmp_path / "privacy").glob("*.jsonl")).unlink()
-    with pytest.raises(ValueError, match='ledger .* is missing.*"?new'):
-        trainer(tmp_path, DPStrategy(epsilon=3.0), **options).fit(Mlp(), DataLoader(digit_records, batch_size=16), **resume)
-    run = trainer(tmp_path, DPStrategy(epsilon=3.0, ledger="new"), **options)
-    run.fit(Mlp(), DataLoader(digit_records, batch_size=16), **resume)
-    assert len(run.strategy.ledger) == 10  # the checkpoint's 5 were carried over
-    assert run.strategy.account.notes
-
-
-def test_noise_after_a_resume_is_fresh_under_one_seed(tmp_path, digit_records):
-    weights = []
-    for _ in range(2):
-        pl.seed_everything(0, verbose=False)
-        module = Mlp(zero_loss=True)
-        fit(tmp_path, module, digit_records, 16, noise_multiplier=1.0)
-        weights.append(flat(module))
-    assert noised(*weights)
-
-
-def test_a_second_fit_adds_and_a_budget_is_for_all_fits(tmp_path, digit_records):
-    strategy = DPStrategy(noise_multiplier=1.0)
-    run = fit(tmp_path, Mlp(), digit_records, 8, strategy=strategy, trainer_options={"max_steps": 20})
-    first = run.strategy.epsilon_spent()
-    run.fit_loop.epoch_loop.max_steps = 40
-    run.fit(run.lightning_module, DataLoader(digit_records, batch_size=8))
-    assert len(strategy.ledger) == 40
-    assert strategy.epsilon_spent() == pytest.approx(5.79, abs=0.02)
-    assert first == pytest.approx(4.36, abs=0.02)
-
-    strategy = DPStrategy(epsilon=3.0)
-    run = fit(tmp_path, Mlp(), digit_records, 8, strategy=strategy, trainer_options={"max_steps": 5})
-    run.fit_loop.epoch_loop.max_steps = 10
-    for module in (run.lightning_module, Mlp()):
-        with pytest.raises(BudgetExhausted, match="is spent"):
-            run.fit(module, DataLoader(digit_records, batch_size=8))
-    assert len(strategy.ledger) == 5
-
-
-def test_a_given_ledger_is_composed_with_what_it_holds(tmp_path, digit_records):
-    path = tmp_path / "data-set.jsonl"
-    fit(tmp_path, Mlp(), digit_records, 8, noise_multiplier=1.0, ledger=path, trainer_options={"max_steps": 20})
-    run = fit(tmp_path, Mlp(), digit_records, 8, noise_multiplier=1.0, ledger=path, trainer_options={"max_steps": 20})
-    assert run.strategy.epsilon_spent() == pytest.approx(5.79, abs=0.02)
-    assert f"({run.strategy.epsilon_spent():.3f} with what its ledger holds)" in run.strategy.summary()
-    with pytest.raises(BudgetExhausted, match="already comes to epsilon=5"):
-        fit(tmp_path, Mlp(), digit_records, 8, epsilon=3.0, ledger=path)
 
 
 def test_stepping_round_the_strategy_and_strange_parameters_are_refused(tmp_path, digit_records):
@@ -282,14 +175,6 @@ def test_an_empty_lot_shows_nothing_of_the_record_that_its_structure_comes_from(
     assert "secret" not in str(empty)
 
 
-def test_a_later_fit_with_another_plan_is_refused_under_a_budget(tmp_path, digit_records):
-    strategy = DPStrategy(epsilon=3.0)
-    run = fit(tmp_path, Mlp(), digit_records, 8, strategy=strategy, trainer_options={"max_steps": 2})
-    run.fit_loop.epoch_loop.max_steps = 4
-    with pytest.raises(ValueError, match=r"expected_batch_size=8.*expected_batch_size=16"):
-        run.fit(Mlp(), DataLoader(digit_records, batch_size=16))
-
-
 def test_a_loader_that_changes_within_a_fit_is_refused(tmp_path, digit_records):
     class Grows(Mlp):
         def train_dataloader(self):
@@ -298,31 +183,6 @@ def test_a_loader_that_changes_within_a_fit_is_refused(tmp_path, digit_records):
     run = trainer(tmp_path, DPStrategy(noise_multiplier=1.0), max_steps=-1, max_epochs=2, reload_dataloaders_every_n_epochs=1)
     with pytest.raises(ValueError, match="changed within a fit"):
         run.fit(Grows())
-
-
-def test_the_ledger_of_another_run_is_refused_on_resume(tmp_path, digit_records):
-    run = fit(tmp_path, Mlp(), digit_records, 8, noise_multiplier=1.0, ledger=tmp_path / "one.jsonl", trainer_options={"max_steps": 4})
-    run.save_checkpoint(tmp_path / "one.ckpt")
-    fit(tmp_path, Mlp(), digit_records, 8, noise_multiplier=1.0, ledger=tmp_path / "other.jsonl", trainer_options={"max_steps": 4})
-    for path, message in (("other.jsonl", "belongs to ledger"), ("nothing.jsonl", "is missing")):
-        again = trainer(tmp_path, DPStrategy(noise_multiplier=1.0, ledger=tmp_path / path), max_steps=6)
-        with pytest.raises(ValueError, match=message):
-            again.fit(Mlp(), DataLoader(digit_records, batch_size=8), ckpt_path=tmp_path / "one.ckpt")
-
-
-def test_the_budget_stops_a_run_even_with_min_steps(tmp_path, digit_records):
-    other = DPStrategy(epsilon=3.0)
-    run = trainer(tmp_path, other, max_steps=6, min_steps=6)
-
-    class Spends(pl.Callback):
-        def on_train_start(self, trainer, module):
-            event = other.plan.release_event("gradient_sum", other.noise_multiplier)
-            other.ledger.charge(event, 3)  # as a crashed run would have
-
-    run.callbacks.append(Spends())
-    run.fit(Mlp(), DataLoader(digit_records, batch_size=8))
-    assert run.global_step == 3
-    assert other.epsilon_spent() <= 3.0
 
 
 @pytest.mark.parametrize(
@@ -364,14 +224,6 @@ def test_loaders_whose_sampling_would_be_replaced_are_refused(tmp_path, digit_re
 def test_arguments_out_of_range_are_refused_at_once(arguments):
     with pytest.raises(ValueError, match=r"(epsilon|delta|clip_norm|noise_multiplier)="):
         DPStrategy(**arguments)
-
-
-def test_a_checkpoint_without_a_ledger_is_refused(tmp_path, digit_records):
-    plain = pl.Trainer(max_steps=1, default_root_dir=tmp_path, logger=False, accelerator="cpu", enable_progress_bar=False)
-    plain.fit(Mlp(), DataLoader(digit_records, batch_size=8))
-    plain.save_checkpoint(tmp_path / "plain.ckpt")
-    with pytest.raises(ValueError, match="without DPStrategy"):
-        trainer(tmp_path, DPStrategy(epsilon=3.0)).fit(Mlp(), DataLoader(digit_records, batch_size=8), ckpt_path=tmp_path / "plain.ckpt")
 
 
 def test_nothing_is_left_on_the_module_and_the_registry_knows_the_strategy(tmp_path, digit_records):
@@ -501,70 +353,6 @@ def test_noise_reaches_every_parameter_in_every_form_of_configure_optimizers(tmp
         if p.numel() >= 160:
             assert float((p - before[name]).std()) == pytest.approx(62.5, rel=0.25)
         assert ((p - before[name]) != 0).all()
-
-
-def test_the_probe_finds_what_depends_on_labels_and_on_collation(tmp_path, digits):
-    order = digits[1][:200].argsort(stable=True)
-    by_label = TensorDataset(digits[0][:200][order], digits[1][:200][order])
-
-    class Ignores(Mlp):
-        def training_step(self, batch, batch_idx):
-            return F.cross_entropy(self.net(batch[0]), batch[1], ignore_index=7)
-
-    class Weighs(Mlp):
-        def training_step(self, batch, batch_idx):
-            weight = torch.ones(10)
-            weight[9] = 5.0
-            return F.cross_entropy(self.net(batch[0]), batch[1], weight=weight)
-
-    def mixup(records):
-        images, labels = torch.utils.data.default_collate(records)
-        return 0.5 * images + 0.5 * images.roll(1, 0), labels
-
-    for kind, collate in ((Ignores, None), (Weighs, None), (Mlp, mixup)):
-        for grad_sample in ("hooks", "functional") if collate else ("hooks",):
-            with pytest.raises(RowDependenceError):
-                fit(tmp_path, kind(), by_label, 16, DataLoader(by_label, batch_size=16, collate_fn=collate), grad_sample=grad_sample)
-
-
-def test_random_modules_pass_the_probe_and_leave_the_public_stream_alone(tmp_path, digit_records):
-    class Random(Mlp):
-        def __init__(self):
-            super().__init__()
-            self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Dropout(0.5), nn.Tanh(), nn.Linear(16, 10))
-
-        def training_step(self, batch, batch_idx):
-            noisy = batch[0] + 0.1 * torch.randn_like(batch[0])
-            return F.cross_entropy(self.net(noisy), batch[1])
-
-    for options in ({}, {"grad_sample": "ghost"}, {"grad_sample": "functional"}, {"physical_batch_size": 1}):
-        module = Random()
-        torch.manual_seed(5)
-        torch.rand(1)  # what the loader's iterator draws is the same for every data set
-        run = fit(tmp_path, module, digit_records, 16, noise_multiplier=1.0, trainer_options={"max_steps": 3}, **options)
-        assert len(run.strategy.ledger) == 3
-        assert module.net[2].training
-
-
-def test_the_probe_leaves_no_trace(tmp_path, digit_records):
-    class Keeps(Mlp):
-        def __init__(self):
-            super().__init__()
-            self.outputs, self.steps = [], 0
-            self.accuracy = Accuracy("multiclass", num_classes=10)
-
-        def training_step(self, batch, batch_idx):
-            self.steps += 1
-            logits = self.net(batch[0])
-            self.accuracy.update(logits, batch[1])
-            loss = F.cross_entropy(logits, batch[1])
-            self.outputs.append(float(loss))
-            return loss
-
-    module = Keeps()
-    fit(tmp_path, module, digit_records, 64, trainer_options={"max_steps": 2})
-    assert module.steps == len(module.outputs) == 2
-    assert int(module.accuracy.tp.sum() + module.accuracy.fn.sum()) == 128
 
 
 def test_closures_and_optimizers_that_ask_twice_are_refused(tmp_path, digit_records):

@@ -9,8 +9,9 @@ import torch
 from helpers import Mlp, Module, fit, flat, trainer
 from test_manual import Gan, gan_fit
 from torch import nn
-from torch.nn.functional import softplus
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset, default_collate
+from torchmetrics import Accuracy
 
 from lightning_dpgen import DPStrategy, PrivateSetGeneration
 from lightning_dpgen.privacy import RowDependenceError
@@ -137,7 +138,7 @@ def test_a_public_step_that_comes_later_is_checked_or_refused(tmp_path, digit_re
 def test_a_public_step_on_as_many_samples_as_the_lot_has_records_is_refused(tmp_path, digit_records):
     class Counts(Gan):
         def generator_loss(self, real):
-            return softplus(-self.discriminator(self.generator(self.latents(len(real))))).sum()
+            return F.softplus(-self.discriminator(self.generator(self.latents(len(real))))).sum()
 
     with pytest.raises(RuntimeError, match="draw a fixed number"):
         gan_fit(tmp_path, Counts(), digit_records, 16, trainer_options={"max_steps": 4})
@@ -228,3 +229,85 @@ def test_a_schedule_by_the_trainer_s_own_count_goes_on_after_a_resume(tmp_path, 
     again = trainer(tmp_path, DPStrategy(noise_multiplier=1.0, private_modules="discriminator"), max_steps=30)
     again.fit(Counted(), DataLoader(digit_records, batch_size=8), ckpt_path=tmp_path / "some.ckpt")
     assert again.global_step >= 30
+
+
+def test_rows_that_mix_records_are_refused_before_a_step(tmp_path, digit_records):
+    class Weighted(Mlp):
+        def training_step(self, batch, batch_idx):
+            weights = torch.arange(1.0, 11.0)
+            return F.cross_entropy(self.net(batch[0]), batch[1], weight=weights)
+
+    class Repeats(Mlp):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(batch[0].repeat_interleave(4, 0)), batch[1].repeat_interleave(4, 0))
+
+    for kind, message in ((Weighted, "exchanged|removed"), (Repeats, "16 gradient rows for a lot of 4")):
+        module = kind()
+        start = flat(module)
+        with pytest.raises((RowDependenceError, RuntimeError), match=message):
+            fit(tmp_path, module, digit_records, 16)
+        assert torch.equal(flat(module), start)
+
+
+def test_the_probe_finds_what_depends_on_labels_and_on_collation(tmp_path, digits):
+    order = digits[1][:200].argsort(stable=True)
+    by_label = TensorDataset(digits[0][:200][order], digits[1][:200][order])
+
+    class Ignores(Mlp):
+        def training_step(self, batch, batch_idx):
+            return F.cross_entropy(self.net(batch[0]), batch[1], ignore_index=7)
+
+    class Weighs(Mlp):
+        def training_step(self, batch, batch_idx):
+            weight = torch.ones(10)
+            weight[9] = 5.0
+            return F.cross_entropy(self.net(batch[0]), batch[1], weight=weight)
+
+    def mixup(records):
+        images, labels = torch.utils.data.default_collate(records)
+        return 0.5 * images + 0.5 * images.roll(1, 0), labels
+
+    for kind, collate in ((Ignores, None), (Weighs, None), (Mlp, mixup)):
+        for grad_sample in ("hooks", "functional") if collate else ("hooks",):
+            with pytest.raises(RowDependenceError):
+                fit(tmp_path, kind(), by_label, 16, DataLoader(by_label, batch_size=16, collate_fn=collate), grad_sample=grad_sample)
+
+
+def test_random_modules_pass_the_probe_and_leave_the_public_stream_alone(tmp_path, digit_records):
+    class Random(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Dropout(0.5), nn.Tanh(), nn.Linear(16, 10))
+
+        def training_step(self, batch, batch_idx):
+            noisy = batch[0] + 0.1 * torch.randn_like(batch[0])
+            return F.cross_entropy(self.net(noisy), batch[1])
+
+    for options in ({}, {"grad_sample": "ghost"}, {"grad_sample": "functional"}, {"physical_batch_size": 1}):
+        module = Random()
+        torch.manual_seed(5)
+        torch.rand(1)  # what the loader's iterator draws is the same for every data set
+        run = fit(tmp_path, module, digit_records, 16, noise_multiplier=1.0, trainer_options={"max_steps": 3}, **options)
+        assert len(run.strategy.ledger) == 3
+        assert module.net[2].training
+
+
+def test_the_probe_leaves_no_trace(tmp_path, digit_records):
+    class Keeps(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.outputs, self.steps = [], 0
+            self.accuracy = Accuracy("multiclass", num_classes=10)
+
+        def training_step(self, batch, batch_idx):
+            self.steps += 1
+            logits = self.net(batch[0])
+            self.accuracy.update(logits, batch[1])
+            loss = F.cross_entropy(logits, batch[1])
+            self.outputs.append(float(loss))
+            return loss
+
+    module = Keeps()
+    fit(tmp_path, module, digit_records, 64, trainer_options={"max_steps": 2})
+    assert module.steps == len(module.outputs) == 2
+    assert int(module.accuracy.tp.sum() + module.accuracy.fn.sum()) == 128

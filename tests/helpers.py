@@ -114,3 +114,17 @@ def spied_sums(monkeypatch) -> list[dict[str, torch.Tensor]]:
 
     monkeypatch.setattr(GaussianMechanism, "release", spy)
     return sums
+
+
+def spied_noise(monkeypatch) -> list[tuple[str, torch.Tensor]]:
+    """A list to which every release's name and noise is added: all that came out less all that went in."""
+    found = []
+    release = GaussianMechanism.release
+
+    def spy(mechanism, name, contribution):
+        out = release(mechanism, name, contribution)
+        found.append((name, torch.cat([(out[key].double() - value).flatten() for key, value in tensors_of(contribution).items()])))
+        return out
+
+    monkeypatch.setattr(GaussianMechanism, "release", spy)
+    return found

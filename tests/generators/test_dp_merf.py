@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import pytorch_lightning as pl
 import torch
-from helpers import assert_same, spied_sums, trainer, unrelated_release
+from helpers import assert_same, spied_noise, spied_sums, trainer, unrelated_release
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dpgen import DPMERF, DigitsDataModule, DPStrategy, SanitizedRelease, load_release, tstr
@@ -55,6 +55,16 @@ def test_no_record_moves_the_sum_by_more_than_its_sensitivity(digits):
     assert torch.cdist(rows, rows).max() <= norm * plan.releases[0].replace_one_factor * (1 + 1e-9)
 
 
+def test_a_record_adds_the_same_whoever_else_is_there(digits):
+    module, images, labels = merf(), digits[0][:21], digits[1][:21]
+    added = []
+    for others in (slice(1, 11), slice(11, 21)):
+        with_it, _ = summed(module, torch.cat([images[:1], images[others]]), torch.cat([labels[:1], labels[others]]))
+        added.append(with_it - summed(module, images[others], labels[others])[0])
+    torch.testing.assert_close(*added, rtol=0, atol=1e-6)
+    assert float(added[0].norm()) > 1
+
+
 def test_one_pass_in_chunks_is_the_sum_over_records(tmp_path, monkeypatch, records):
     sums = spied_sums(monkeypatch)
     module, run = fitted(tmp_path, records, strategy=DPStrategy(noise_multiplier=0.0))
@@ -80,22 +90,14 @@ def test_non_interference(tmp_path, monkeypatch, records):
 
 def test_plan_is_ledger_and_the_noise_is_as_stated_and_fresh(tmp_path, monkeypatch, records):
     """2,010 normals: a deviation within 10 % but for a chance below 1e-9."""
-    found = []
-    release = GaussianMechanism.release
-
-    def spy(mechanism, name, contribution):
-        out = release(mechanism, name, contribution)
-        found.append(torch.cat([(out[key].double() - value).flatten() for key, value in tensors_of(contribution).items()]))
-        return out
-
-    monkeypatch.setattr(GaussianMechanism, "release", spy)
+    found = spied_noise(monkeypatch)
     for run in range(2):
         _, fit = fitted(tmp_path / str(run), records, strategy=DPStrategy(epsilon=3.0))
         assert fit.strategy.plan.sampling == FullPass(60)
         assert fit.strategy.ledger.event() == fit.strategy.plan.event(fit.strategy.noise_multiplier)
         assert 2.95 <= fit.strategy.epsilon_spent() <= 3.0
-        assert float(found[run].std()) == pytest.approx(fit.strategy.noise_multiplier * 1.09**0.5, rel=0.1)
-    assert not torch.equal(*found)
+        assert float(found[run][1].std()) == pytest.approx(fit.strategy.noise_multiplier * 1.09**0.5, rel=0.1)
+    assert not torch.equal(found[0][1], found[1][1])
 
 
 def test_records_of_nans_leave_noise_alone(tmp_path):
@@ -142,6 +144,22 @@ def test_it_trains_on_for_free_from_a_checkpoint_and_is_fitted_once(tmp_path, re
         fitted(tmp_path, records, module)
     with pytest.raises(RuntimeError, match="no embedding yet"):
         merf().train_generator(1)
+
+
+def test_whatever_breaks_off_or_goes_on_the_ledger_holds_every_release(tmp_path, records):
+    class Plug(pl.Callback):
+        def on_train_epoch_end(self, trainer, module):  # callbacks come before the module's own training of its generator
+            trainer.save_checkpoint(tmp_path / "bought.ckpt")
+            raise RuntimeError("pulled the plug")
+
+    with pytest.raises(RuntimeError, match="plug"):
+        fitted(tmp_path, records, callbacks=[Plug()])
+    module, run = fitted(tmp_path, records, ckpt_path=tmp_path / "bought.ckpt")
+    assert len(run.strategy.ledger) == 1  # what was released before the end is there and is not released again
+    assert int(module.steps_made) == 3
+    _, again = fitted(tmp_path, records, strategy=DPStrategy(noise_multiplier=0.05, ledger=run.strategy.ledger.path))
+    assert len(again.strategy.ledger) == 2
+    assert again.strategy.epsilon_spent() > run.strategy.epsilon_spent()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from helpers import assert_same, trainer, unrelated_release
+from helpers import assert_same, spied_noise, trainer, unrelated_release
 from lightning_dpgen.callbacks import PrivacyBudgetStop, SampleGrid
 from sklearn.linear_model import LogisticRegression
 from torch.utils.data import DataLoader, TensorDataset
@@ -150,21 +150,13 @@ def test_non_interference(tmp_path, monkeypatch, digits):
 
 def test_noise_is_what_the_plan_says_and_fresh_under_one_seed(tmp_path, monkeypatch, records):
     """Deviations of 800 and more normals: within 15 % but for a chance below 1e-8."""
-    moved = []
-    release = GaussianMechanism.release
-
-    def spy(mechanism, name, contribution):
-        out = release(mechanism, name, contribution)
-        noise = torch.cat([(out[key].double() - value).flatten() for key, value in tensors_of(contribution).items()])
-        moved.append((name, noise, mechanism.plan.release_event(name, mechanism.noise_multiplier).noise_std))
-        return out
-
-    monkeypatch.setattr(GaussianMechanism, "release", spy)
+    moved = spied_noise(monkeypatch)
     for run in range(2):
         torch.manual_seed(0)
-        fitted(tmp_path / str(run), records, module=MixturePPCA(clusters=12, dimensions=6, **SHAPE))
+        _, fit = fitted(tmp_path / str(run), records, module=MixturePPCA(clusters=12, dimensions=6, **SHAPE))
     assert len(moved) == 2 * PASSES
-    for (name, noise, stated), (_, again, _) in zip(moved[:PASSES], moved[PASSES:], strict=True):
+    for (name, noise), (_, again) in zip(moved[:PASSES], moved[PASSES:], strict=True):
+        stated = fit.strategy.plan.release_event(name, fit.strategy.noise_multiplier).noise_std
         if len(noise) > 600:
             assert float(noise.std()) == pytest.approx(stated, rel=0.15), name
         assert not torch.equal(noise, again)

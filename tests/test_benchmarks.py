@@ -40,7 +40,7 @@ def test_every_cell_of_every_scale_has_a_recipe(table):
 
 def test_results_are_kept_cell_by_cell_and_an_earlier_draws_are_marked_until_as_many_seeds_are_done(table):
     cell = next(cell for cell in table.cells("cpu-small") if cell.method == "mixture")
-    terms = {"epsilon": 9.9, "replace_one": 12.0, "noise_multiplier": 0.5, "steps": 7}
+    terms = {"epsilon": 9.9, "replace_one": 12.0, "noise_multiplier": 0.5, "steps": 7, "knobs": {"width": 8}}
     table.keep(cell, {**terms, "release": "one"})
     table.record(cell, "quick LogReg", 0, 80.0, "one", [])
     table.keep(cell, {**terms, "release": "one", "peak_mib": 500.0})
@@ -57,8 +57,12 @@ def test_results_are_kept_cell_by_cell_and_an_earlier_draws_are_marked_until_as_
     table.record(cell, "quick LogReg", 1, 72.0, "other", ["bfloat16", "compile"])
     assert "71.00 ± 1.41‡§ (2 of 3)" in table.render("cpu-small")
     assert "†" not in table.render("cpu-small")
-    table.keep(cell, {**terms, "epsilon": 1.0, "release": "third"})
-    assert "71.00" not in table.render("cpu-small")
+    for release, change in (("third", {"epsilon": 1.0}), ("fourth", {"knobs": {"width": 16}})):
+        kept = table.known(cell)
+        table.keep(cell, {**terms, **change, "release": release})
+        assert "71.00" not in table.render("cpu-small")
+        with table.results("cpu-small") as found:
+            found[cell.name] = kept
 
 
 def test_the_six_classifiers_are_one_seeds_and_have_a_table_of_their_own(table, monkeypatch):
@@ -84,6 +88,13 @@ def test_the_six_classifiers_are_one_seeds_and_have_a_table_of_their_own(table, 
     assert "| MNIST, set 10 | 60.00 | 60.00 | 60.00 | 60.00 | 60.00 | 60.00 |" in table.render("cpu")
 
 
+def test_the_six_classifiers_are_refused_at_the_small_scale(table, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["table.py", "--published"])
+    with pytest.raises(SystemExit):
+        table.main()
+    assert "images of 28 x 28" in capsys.readouterr().err
+
+
 def test_a_cell_is_trained_evaluated_and_gone_on_with(table, monkeypatch, capsys):
     arguments = ["table.py", "--scale", "cpu-small", "--cells", "mixture digits 10", "--seeds", "0"]
     monkeypatch.setattr(sys, "argv", arguments)
@@ -91,6 +102,7 @@ def test_a_cell_is_trained_evaluated_and_gone_on_with(table, monkeypatch, capsys
     first = table.known(table.Cell("cpu-small", "mixture", "digits", 10.0))
     assert first["evaluations"]["quick LogReg"]["0"] > 70
     assert 9.5 < first["epsilon"] <= 10 < first["replace_one"]
+    assert first["knobs"]["dimensions"] > 0
     capsys.readouterr()
     table.main()
     assert capsys.readouterr().out == ""  # nothing is left to do

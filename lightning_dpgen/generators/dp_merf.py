@@ -99,10 +99,6 @@ class DPMERF(FullPassGenerator):
         release = Release(EMBEDDING, cell_sums_norm(1.0), 1, replace_one_factor=CELL_SUMS_REPLACED)
         return PrivacyPlan(FullPass(records), (release,))
 
-    def on_fit_start(self) -> None:
-        """Trains the generator of a checkpoint that was written between the release and that training."""
-        self._train_if_due()
-
     def on_train_start(self) -> None:
         """Draws the frequencies, before a record is read."""
         super().on_train_start()
@@ -126,9 +122,6 @@ class DPMERF(FullPassGenerator):
 
     def on_train_epoch_end(self) -> None:
         """Trains the generator, when the only pass is over: whatever breaks it off, the budget has bought the embedding."""
-        self._train_if_due()
-
-    def _train_if_due(self) -> None:
         if self.is_fitted and int(self.steps_made) == 0:
             self.train_generator(self.generator_steps)
 

@@ -9,8 +9,10 @@ from helpers import assert_same, spied_noise, spied_sums, trainer, unrelated_rel
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_dpgen import DPMERF, DigitsDataModule, DPStrategy, SanitizedRelease, load_release, tstr
-from lightning_dpgen.privacy import FullPass, GaussianMechanism
+from lightning_dpgen.privacy import BudgetExhausted, FullPass, GaussianMechanism, PrivacyLedger
 from lightning_dpgen.privacy.clipping import tensors_of
+from lightning_dpgen.release import NotCertifiable
+from lightning_dpgen.release.certificate import make_certificate
 
 SHAPE = {"num_classes": 10, "image_shape": (1, 8, 8)}
 
@@ -149,14 +151,21 @@ def test_it_trains_on_for_free_from_a_checkpoint_and_is_fitted_once(tmp_path, re
 def test_whatever_breaks_off_or_goes_on_the_ledger_holds_every_release(tmp_path, records):
     class Plug(pl.Callback):
         def on_train_epoch_end(self, trainer, module):  # callbacks come before the module's own training of its generator
-            trainer.save_checkpoint(tmp_path / "bought.ckpt")
+            trainer.save_checkpoint(trainer.default_root_dir + "/bought.ckpt")
             raise RuntimeError("pulled the plug")
 
-    with pytest.raises(RuntimeError, match="plug"):
-        fitted(tmp_path, records, callbacks=[Plug()])
-    module, run = fitted(tmp_path, records, ckpt_path=tmp_path / "bought.ckpt")
-    assert len(run.strategy.ledger) == 1  # what was released before the end is there and is not released again
-    assert module.is_fitted
+    for name, options in (("noise", {"noise_multiplier": 0.05}), ("budget", {"epsilon": 3.0})):
+        with pytest.raises(RuntimeError, match="plug"):
+            fitted(tmp_path / name, records, strategy=DPStrategy(**options), callbacks=[Plug()])
+        (ledger,) = (tmp_path / name / "privacy").glob("*.jsonl")
+        assert len(PrivacyLedger(ledger)) == 1
+    with pytest.raises(BudgetExhausted, match="is spent"):
+        fitted(tmp_path / "budget", records, strategy=DPStrategy(epsilon=3.0), ckpt_path=tmp_path / "budget" / "bought.ckpt")
+    module, run = fitted(tmp_path / "noise", records, ckpt_path=tmp_path / "noise" / "bought.ckpt")
+    assert len(run.strategy.ledger) == 1  # what was released before the end is not released again
+    assert int(module.steps_made) == 0
+    with pytest.raises(NotCertifiable, match="broken off"):
+        make_certificate(run, 0)
     _, again = fitted(tmp_path, records, strategy=DPStrategy(noise_multiplier=0.05, ledger=run.strategy.ledger.path))
     assert len(again.strategy.ledger) == 2
     assert again.strategy.epsilon_spent() > run.strategy.epsilon_spent()

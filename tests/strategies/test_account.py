@@ -299,14 +299,17 @@ def test_a_crashed_run_with_a_budget_ends_early(tmp_path, digit_records):
     assert run.strategy.account.notes
 
 
-def test_noise_after_a_resume_is_fresh_under_one_seed(tmp_path, digit_records):
-    weights = []
-    for _ in range(2):
-        pl.seed_everything(0, verbose=False)
-        module = Mlp(zero_loss=True)
-        fit(tmp_path, module, digit_records, 16, noise_multiplier=1.0)
-        weights.append(flat(module))
-    assert noised(*weights)
+def test_noise_is_fresh_under_one_seed_from_the_start_and_after_a_resume(tmp_path, digit_records):
+    fit(tmp_path, Mlp(zero_loss=True), digit_records, 16, noise_multiplier=1.0).save_checkpoint(tmp_path / "one.ckpt")
+    for checkpoint in (None, tmp_path / "one.ckpt"):
+        weights = []
+        for _ in range(2):
+            pl.seed_everything(0, verbose=False)
+            module = Mlp(zero_loss=True)
+            run = trainer(tmp_path, DPStrategy(noise_multiplier=1.0), max_steps=2)
+            run.fit(module, DataLoader(digit_records, batch_size=16), ckpt_path=checkpoint)
+            weights.append(flat(module))
+        assert noised(*weights)
 
 
 def test_a_second_fit_adds_and_a_budget_is_for_all_fits(tmp_path, digit_records):

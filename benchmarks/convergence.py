@@ -3,7 +3,7 @@
     python benchmarks/convergence.py --scale cpu   # trains and evaluates what is missing, 3 to 30 minutes a curve on one thread
     python benchmarks/convergence.py --draw        # draws docs/convergence.png from the logs (at other scales runs/convergence-SCALE.png)
 
-Private set generation by gradient matching at (10, 1e-5): the cells of ``table.py`` that have the method's name, whose sets it keeps six
+Private set generation by gradient matching at (10, 1e-5): the cells of ``recipes.py`` that have the method's name, whose sets it keeps six
 times a run. Each of these is evaluated by the ConvNet of ``quick``, one seed, and logged with ε as a line of
 ``benchmarks/results/convergence-SCALE.csv``.
 """
@@ -19,6 +19,7 @@ import table
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from recipes import SCALES, Cell, curves, data_module, data_of, named
 
 from lightning_dpgen import tstr
 
@@ -40,17 +41,17 @@ def logged(scale: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def kept(cell: table.Cell, release: str) -> list[dict[str, str]]:
+def kept(cell: Cell, release: str) -> list[dict[str, str]]:
     """The log without lines of an earlier draw of this cell."""
     return [row for row in logged(cell.scale) if row["cell"] != cell.name or row["release"] == release]
 
 
-def evaluate(cell: table.Cell, root: str, device: str) -> None:
+def evaluate(cell: Cell, root: str, device: str) -> None:
     """Evaluates each kept set of a run that is not in the log; the first new line takes those of an earlier draw out."""
     release = str(table.digest_of(cell))
     with table.lock(cell.scale):
         done = {int(row["step"]) for row in kept(cell, release) if row["cell"] == cell.name}
-    data = table.data_module(cell, root, 256)
+    data = data_module(cell, root, 256)
     real, classifier = data.real_test(), CLASSIFIER.get(cell.scale, "ConvNet32")
     with np.load(cell.folder / "snapshots.npz") as sets:
         labels = sets["labels"]
@@ -72,11 +73,11 @@ def evaluate(cell: table.Cell, root: str, device: str) -> None:
 
 def draw(scale: str) -> None:
     """The figure, from the lines that there are."""
-    found = table.data_of(scale)
+    found = data_of(scale)
     figure = Figure(figsize=(10, 3.5 * len(found)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(found), 2, sharey="row", squeeze=False)
-    for cell in table.curves(scale):
+    for cell in curves(scale):
         rows = sorted((row for row in logged(scale) if row["cell"] == cell.name), key=lambda row: int(row["step"]))
         if not rows:
             continue
@@ -100,7 +101,7 @@ def draw(scale: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", choices=table.SCALES, default="cpu")
+    parser.add_argument("--scale", choices=SCALES, default="cpu")
     parser.add_argument("--root", default="data")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
@@ -112,7 +113,7 @@ def main() -> None:
         draw(options.scale)
         return
     torch.set_num_threads(options.threads)
-    for cell in table.named(table.curves(options.scale), options.cells):
+    for cell in named(curves(options.scale), options.cells):
         if table.train(cell, options) and not options.train:
             evaluate(cell, options.root, options.device)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytorch_lightning as pl
 import torch
 from torch import nn
@@ -103,28 +105,33 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
         assert torch.equal(value, other[name]), name
 
 
-def spied_sums(monkeypatch) -> list[dict[str, torch.Tensor]]:
-    """A list to which every sum is added that goes through the door."""
-    sums = []
-    release = GaussianMechanism.release
-
-    def spy(mechanism, name, contribution):
-        sums.append({key: value.clone() for key, value in tensors_of(contribution).items()})
-        return release(mechanism, name, contribution)
-
-    monkeypatch.setattr(GaussianMechanism, "release", spy)
-    return sums
-
-
-def spied_noise(monkeypatch) -> list[tuple[str, torch.Tensor]]:
-    """A list to which every release's name and noise is added: all that came out less all that went in."""
+def _spied(monkeypatch, keep: Callable) -> list:
+    """A list to which ``keep(name, sums, released)`` is added for every sum that goes through the door."""
     found = []
     release = GaussianMechanism.release
 
     def spy(mechanism, name, contribution):
-        out = release(mechanism, name, contribution)
-        found.append((name, torch.cat([(out[key].double() - value).flatten() for key, value in tensors_of(contribution).items()])))
-        return out
+        sums = {key: value.clone() for key, value in tensors_of(contribution).items()}
+        released = release(mechanism, name, contribution)
+        found.append(keep(name, sums, released))
+        return released
 
     monkeypatch.setattr(GaussianMechanism, "release", spy)
     return found
+
+
+def spied_sums(monkeypatch) -> list[dict[str, torch.Tensor]]:
+    """A list to which every sum is added that goes through the door."""
+    return _spied(monkeypatch, lambda name, sums, released: sums)
+
+
+def spied_noise(monkeypatch) -> list[tuple[str, torch.Tensor]]:
+    """A list to which every release's name and noise is added: all that came out less all that went in."""
+    return _spied(monkeypatch, lambda name, sums, out: (name, torch.cat([(out[key].double() - sums[key]).flatten() for key in sums])))
+
+
+def assert_bounded(sums: list[dict[str, torch.Tensor]], clip_norm: float, tolerance: float) -> None:
+    """The sums differ in one record, which is null in the first: zero-out meets ``clip_norm`` and nothing passes its bound."""
+    rows = torch.stack([torch.cat([value.flatten() for value in one.values()]).double() for one in sums])
+    assert 0.99 * clip_norm < float((rows[1:] - rows[0]).norm(dim=1).max()) <= clip_norm * (1 + tolerance)
+    assert float(torch.cdist(rows[1:], rows[1:]).max()) <= 2 * clip_norm * (1 + tolerance)

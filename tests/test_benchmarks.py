@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_dpgen import PrivateGenerator
+from lightning_dpgen import MNISTDataModule, PrivateGenerator
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -22,23 +22,28 @@ def script(name, monkeypatch):
 
 
 @pytest.fixture
-def table(tmp_path, monkeypatch):
+def recipes(monkeypatch):
+    return script("recipes", monkeypatch)
+
+
+@pytest.fixture
+def table(recipes, tmp_path, monkeypatch):
     module = script("table", monkeypatch)
     monkeypatch.setattr(module, "results_file", lambda scale: tmp_path / f"{scale}.json")
     monkeypatch.chdir(tmp_path)
     return module
 
 
-def test_every_cell_of_every_scale_has_a_recipe(table):
-    for scale in table.SCALES:
-        for cell in [*table.cells(scale), *table.curves(scale)]:
+def test_every_cell_of_every_scale_has_a_recipe(recipes):
+    for scale in recipes.SCALES:
+        for cell in [*recipes.cells(scale), *recipes.curves(scale)]:
             if cell.method != "Real":
-                assert isinstance(table.recipe(cell).module(), PrivateGenerator)
-    origins = {(cell.scale, cell.method): table.origin(cell) for scale in ("cpu", "gpu-paper") for cell in table.cells(scale)}
+                assert isinstance(recipes.recipe(cell).module(), PrivateGenerator)
+    origins = {(cell.scale, cell.method): recipes.origin(cell) for scale in ("cpu", "gpu-paper") for cell in recipes.cells(scale)}
     assert origins["cpu", "PSG 10"].startswith("tuned on MNIST's training records")
-    assert origins["cpu", "DP-GAN"] == origins["cpu", "GS-WGAN"] == table.SIZED
-    assert origins["gpu-paper", "PSG 10"] == origins["gpu-paper", "DP-CGAN"] == table.PAPERS
-    names = [cell.name for cell in table.cells("cpu")]
+    assert origins["cpu", "DP-GAN"] == origins["cpu", "GS-WGAN"] == recipes.SIZED
+    assert origins["gpu-paper", "PSG 10"] == origins["gpu-paper", "DP-CGAN"] == recipes.PAPERS
+    names = [cell.name for cell in recipes.cells("cpu")]
     assert len(names) == len(set(names)) == 2 * (9 + 4) + 1
 
 
@@ -77,8 +82,8 @@ def test_the_six_classifiers_are_one_seeds_and_have_a_table_of_their_own(table, 
     table.keep(cell, {"release": "one"})
     asked = []
     monkeypatch.setattr(table, "images_of", lambda cell, root: None)
-    monkeypatch.setattr(table.MNISTDataModule, "setup", lambda self, stage: None)
-    monkeypatch.setattr(table.MNISTDataModule, "real_test", lambda self: None)
+    monkeypatch.setattr(MNISTDataModule, "setup", lambda self, stage: None)
+    monkeypatch.setattr(MNISTDataModule, "real_test", lambda self: None)
 
     class Found:
         def mean(self, name):

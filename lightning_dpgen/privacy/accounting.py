@@ -201,9 +201,9 @@ def calibrate_noise_multiplier(plan: PrivacyPlan, budget: PrivacyBudget, spent: 
     def checked(z: float) -> float:
         """Rounded up, and raised further until the claim itself is inside the budget."""
         rounded = _rounded_up(z)
-        while epsilon(events(rounded), budget.delta).value > budget.epsilon:
+        while (found := epsilon(events(rounded), budget.delta).value) > budget.epsilon:
             rounded = _rounded_up(1.005 * rounded)
-        if (found := epsilon(events(rounded), budget.delta).value) < budget.epsilon / 2:
+        if found < budget.epsilon / 2:
             log.warning(
                 "epsilon=%g is below what the accountants resolve for this plan: the noise multiplier %g keeps %.2g, with more noise than "
                 "the budget asks for. Use a larger epsilon.",
